@@ -1,0 +1,2 @@
+// Package netstack terminates the TCP of pods in gVisor stacks.
+package netstack
