@@ -254,6 +254,9 @@ type Device struct {
 	// The node's own addresses, and the ports that the kubelet probes.
 	NodeAddresses [][]byte `protobuf:"bytes,8,rep,name=node_addresses,json=nodeAddresses,proto3" json:"node_addresses,omitempty"`
 	ProbePorts    []uint32 `protobuf:"varint,9,rep,packed,name=probe_ports,json=probePorts,proto3" json:"probe_ports,omitempty"`
+	// Equal ids mean the same open device: all descriptors of TUN devices look
+	// alike to the proxy, which keeps a pod running when it is added again.
+	Id            string `protobuf:"bytes,100,opt,name=id,proto3" json:"id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -349,6 +352,13 @@ func (x *Device) GetProbePorts() []uint32 {
 		return x.ProbePorts
 	}
 	return nil
+}
+
+func (x *Device) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
 }
 
 // Flow is a TCP connection as the pod sees it.
@@ -783,7 +793,7 @@ const file_zdsapi_zds_proto_rawDesc = "" +
 	"\vAddWorkload\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12E\n" +
 	"\rworkload_info\x18\x02 \x01(\v2 .istio.workload.zds.WorkloadInfoR\fworkloadInfo\x122\n" +
-	"\x06device\x18d \x01(\v2\x1a.istio.workload.zds.DeviceR\x06device\"\xcc\x02\n" +
+	"\x06device\x18d \x01(\v2\x1a.istio.workload.zds.DeviceR\x06device\"\xdc\x02\n" +
 	"\x06Device\x12\x1c\n" +
 	"\taddresses\x18\x01 \x03(\fR\taddresses\x12\x10\n" +
 	"\x03mtu\x18\x02 \x01(\rR\x03mtu\x12%\n" +
@@ -796,7 +806,8 @@ const file_zdsapi_zds_proto_rawDesc = "" +
 	"\aoffload\x18\a \x01(\bR\aoffload\x12%\n" +
 	"\x0enode_addresses\x18\b \x03(\fR\rnodeAddresses\x12\x1f\n" +
 	"\vprobe_ports\x18\t \x03(\rR\n" +
-	"probePorts\"\x92\x01\n" +
+	"probePorts\x12\x0e\n" +
+	"\x02id\x18d \x01(\tR\x02id\"\x92\x01\n" +
 	"\x04Flow\x12#\n" +
 	"\rlocal_address\x18\x01 \x01(\fR\flocalAddress\x12\x1d\n" +
 	"\n" +
