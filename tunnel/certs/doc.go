@@ -1,0 +1,2 @@
+// Package certs holds a workload's certificate over its life.
+package certs
