@@ -18,7 +18,8 @@ type End interface {
 	// Read moves received bytes into p. It returns n > 0 with a nil error, or
 	// 0 with ErrAgain (nothing there yet), io.EOF (the peer closed its side
 	// cleanly) or the error that ended the stream, which for a reset matches
-	// ErrReset. p must not be empty.
+	// ErrReset. p must not be empty. A Read after io.EOF returns io.EOF again,
+	// or the error that has ended the stream since.
 	Read(p []byte) (n int, err error)
 
 	// Write takes bytes to be sent; p may be reused when it returns. It
@@ -59,6 +60,14 @@ type Pusher interface {
 	// sink returns. sink returns how many it took; the end keeps the rest and
 	// offers it through Read. Push(nil) stops it.
 	Push(sink func(p []byte) (n int))
+}
+
+// A Failer is an End that can say without a Read that it has failed. A Join
+// then mirrors the failure at once, also while the other end takes nothing.
+type Failer interface {
+	// Failure returns the error that ended the stream; nil while it lives or
+	// after a clean end.
+	Failure() error
 }
 
 // ErrAgain says that nothing can be read or written now. It is a temporary

@@ -21,7 +21,7 @@ type Loop struct {
 	closed bool
 
 	// Owned by run.
-	soon, last []*splice.Task
+	soon, last queue
 }
 
 var _ splice.Loop = (*Loop)(nil)
@@ -43,13 +43,17 @@ func (l *Loop) Close() {
 	<-l.done
 }
 
-// Do runs f on the loop and waits for it.
+// Do runs f on the loop and waits for it, or for the loop to end.
 func (l *Loop) Do(f func()) {
 	done := make(chan struct{})
 	l.Post(func() { defer close(done); f() })
-	<-done
+	select {
+	case <-done:
+	case <-l.done:
+	}
 }
 
+// Post implements splice.Loop.
 func (l *Loop) Post(f func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -60,10 +64,16 @@ func (l *Loop) Post(f func()) {
 	l.signal()
 }
 
-func (l *Loop) Soon(t *splice.Task) { enqueue(&l.soon, t) }
-func (l *Loop) Last(t *splice.Task) { enqueue(&l.last, t) }
-func (l *Loop) Scratch() []byte     { return l.scratch }
+// Soon implements splice.Loop.
+func (l *Loop) Soon(t *splice.Task) { l.soon.push(t) }
 
+// Last implements splice.Loop.
+func (l *Loop) Last(t *splice.Task) { l.last.push(t) }
+
+// Scratch implements splice.Loop.
+func (l *Loop) Scratch() []byte { return l.scratch }
+
+// AfterFunc implements splice.Loop.
 func (l *Loop) AfterFunc(d time.Duration, f func()) (stop func()) {
 	stopped := false // Owned by the loop.
 	t := time.AfterFunc(d, func() {
@@ -107,30 +117,40 @@ func (l *Loop) pass() bool {
 		f()
 	}
 	worked := len(posted) > 0
-	for len(l.soon) > 0 || len(l.last) > 0 {
-		worked = true
-		if t := dequeue(&l.soon); t != nil {
-			t.Run()
-			continue
+	for {
+		t := l.soon.pop()
+		if t == nil {
+			t = l.last.pop()
 		}
-		dequeue(&l.last).Run()
+		if t == nil {
+			return worked
+		}
+		worked = true
+		t.Run()
 	}
-	return worked
 }
 
-func enqueue(q *[]*splice.Task, t *splice.Task) {
+// A queue of tasks reuses its storage once it has run empty.
+type queue struct {
+	tasks []*splice.Task
+	head  int
+}
+
+func (q *queue) push(t *splice.Task) {
 	if !t.Queued {
 		t.Queued = true
-		*q = append(*q, t)
+		q.tasks = append(q.tasks, t)
 	}
 }
 
-func dequeue(q *[]*splice.Task) *splice.Task {
-	if len(*q) == 0 {
+func (q *queue) pop() *splice.Task {
+	if q.head == len(q.tasks) {
+		q.tasks, q.head = q.tasks[:0], 0
 		return nil
 	}
-	t := (*q)[0]
-	*q = (*q)[1:]
+	t := q.tasks[q.head]
+	q.tasks[q.head] = nil
+	q.head++
 	t.Queued = false
 	return t
 }

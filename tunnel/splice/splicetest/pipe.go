@@ -31,21 +31,30 @@ type PipeEnd struct {
 	task  splice.Task
 	ready func()
 
-	in          []byte // sent by the peer, not yet read
-	eof         bool   // the peer closed its side
-	closedWrite bool
+	in          []byte // sent by the peer; read up to head
+	head        int
+	eof         bool  // the peer closed its side
+	closedWrite bool  // we closed ours
 	err         error // the stream is over
+	failure     error // the stream is over because the peer reset it
 }
 
-var _ splice.End = (*PipeEnd)(nil)
+var (
+	_ splice.End    = (*PipeEnd)(nil)
+	_ splice.Failer = (*PipeEnd)(nil)
+)
 
+// Read implements splice.End.
 func (e *PipeEnd) Read(p []byte) (int, error) {
 	switch {
 	case e.err != nil:
 		return 0, e.err
-	case len(e.in) > 0:
-		n := copy(p, e.in)
-		e.in = e.in[n:]
+	case e.buffered() > 0:
+		n := copy(p, e.in[e.head:])
+		e.head += n
+		if e.head == len(e.in) {
+			e.in, e.head = e.in[:0], 0
+		}
 		e.loop.Soon(&e.peer.task)
 		return n, nil
 	case e.eof:
@@ -54,6 +63,7 @@ func (e *PipeEnd) Read(p []byte) (int, error) {
 	return 0, splice.ErrAgain
 }
 
+// Write implements splice.End.
 func (e *PipeEnd) Write(p []byte) (int, error) {
 	if e.err != nil {
 		return 0, e.err
@@ -61,17 +71,31 @@ func (e *PipeEnd) Write(p []byte) (int, error) {
 	if e.closedWrite {
 		return 0, io.ErrClosedPipe
 	}
-	n := min(len(p), e.size-len(e.peer.in))
-	e.peer.in = append(e.peer.in, p[:n]...)
-	if n > 0 {
-		e.loop.Soon(&e.peer.task)
-	}
+	n := min(len(p), e.size-e.peer.buffered())
+	e.peer.deliver(p[:n])
 	if n < len(p) {
 		return n, splice.ErrAgain
 	}
 	return n, nil
 }
 
+func (e *PipeEnd) buffered() int { return len(e.in) - e.head }
+
+// deliver keeps within the storage it has, so that a Pipe in use does not
+// allocate.
+func (e *PipeEnd) deliver(p []byte) {
+	if len(p) == 0 {
+		return
+	}
+	if len(e.in)+len(p) > cap(e.in) && e.head > 0 {
+		e.in = e.in[:copy(e.in, e.in[e.head:])]
+		e.head = 0
+	}
+	e.in = append(e.in, p...)
+	e.loop.Soon(&e.task)
+}
+
+// CloseWrite implements splice.End.
 func (e *PipeEnd) CloseWrite() error {
 	if e.err != nil {
 		return e.err
@@ -82,6 +106,7 @@ func (e *PipeEnd) CloseWrite() error {
 	return nil
 }
 
+// Reset implements splice.End. What the peer has not read yet is lost.
 func (e *PipeEnd) Reset(cause error) {
 	if e.err != nil {
 		return
@@ -89,11 +114,13 @@ func (e *PipeEnd) Reset(cause error) {
 	e.err = fmt.Errorf("splicetest: reset here: %w", io.ErrClosedPipe)
 	if e.peer.err == nil {
 		e.peer.err = fmt.Errorf("splicetest: %w: %v", splice.ErrReset, cause)
-		e.peer.in = nil
+		e.peer.failure = e.peer.err
+		e.peer.in, e.peer.head = nil, 0
 		e.loop.Soon(&e.peer.task)
 	}
 }
 
+// Close implements splice.End.
 func (e *PipeEnd) Close() {
 	if e.err == nil && (!e.closedWrite || !e.eof) {
 		e.Reset(io.ErrClosedPipe)
@@ -104,6 +131,10 @@ func (e *PipeEnd) Close() {
 	e.ready = nil
 }
 
+// Failure implements splice.Failer.
+func (e *PipeEnd) Failure() error { return e.failure }
+
+// Notify implements splice.End.
 func (e *PipeEnd) Notify(ready func()) {
 	e.ready = ready
 	e.loop.Soon(&e.task)
