@@ -1,0 +1,106 @@
+package tunnel
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/ztun/ztun/tunnel/hbone"
+	"github.com/ztun/ztun/tunnel/identity"
+	"github.com/ztun/ztun/xds/mesh"
+)
+
+// Direction is a connection's as seen from the pod.
+type Direction uint8
+
+// The directions.
+const (
+	Outbound Direction = iota
+	Inbound
+)
+
+// String is the access log's direction.
+func (d Direction) String() string {
+	if d == Inbound {
+		return "inbound"
+	}
+	return "outbound"
+}
+
+// A Record is what there is to tell of one connection. The fields above
+// Duration are set before it is first handed out and never change; those below
+// are set before Closed or Failed.
+type Record struct {
+	Direction Direction
+	Start     time.Time
+	Trace     hbone.Trace
+
+	// Src is the client. Dst is what was dialled or, inbound, what the client
+	// dialled: with a tunnel that is port 15008.
+	Src, Dst netip.AddrPort
+	// HBONEAddr is the authority of the CONNECT; "" without a tunnel.
+	HBONEAddr string
+	// SrcWorkload and DstWorkload are nil where the mesh does not know them.
+	SrcWorkload, DstWorkload *mesh.Workload
+	// Service is the one the client addressed, as far as it is known.
+	Service *mesh.Service
+	// SrcIdentity and DstIdentity are zero without mutual TLS.
+	SrcIdentity, DstIdentity identity.ID
+	// SrcBaggage is what the client says of itself; the mesh knows better.
+	SrcBaggage hbone.Baggage
+	// Hairpin says that the pod reached itself through a service, in memory.
+	Hairpin bool
+
+	Duration time.Duration
+	// Sent and Received are in bytes and from this pod's view: outbound, Sent
+	// went from the app to the peer; inbound, Sent is the app's answer.
+	Sent, Received uint64
+	Reason         Reason
+	Err            error // detail to Reason, or nil
+}
+
+// MutualTLS reports whether both identities are proven.
+func (r *Record) MutualTLS() bool { return r.HBONEAddr != "" && !r.SrcIdentity.IsZero() }
+
+// Request returns the bytes that went from the client to the server, and
+// Response those that came back, as the metrics count them.
+func (r *Record) Request() uint64 {
+	if r.Direction == Outbound {
+		return r.Sent
+	}
+	return r.Received
+}
+
+// Response returns the bytes that went from the server to the client.
+func (r *Record) Response() uint64 {
+	if r.Direction == Outbound {
+		return r.Received
+	}
+	return r.Sent
+}
+
+// Error returns the access log's error: the reason and its detail, or "".
+func (r *Record) Error() string {
+	switch {
+	case r.Reason == OK:
+		return ""
+	case r.Err == nil:
+		return r.Reason.Text()
+	case r.Reason == PeerDenied, r.Reason == PeerRefused, r.Reason == PeerUnreachable, r.Reason == PeerAppTimeout, r.Reason == PeerStatus:
+		return r.Err.Error() // says the status already
+	}
+	return r.Reason.Text() + ": " + r.Err.Error()
+}
+
+// A Recorder is told of every connection. Its methods run on the pod's loop:
+// they must not block and must not keep the Record after Closed or Failed have
+// returned, unless they copy it.
+type Recorder interface {
+	// Opened is called once enough is known to count the connection, before a
+	// policy is asked.
+	Opened(*Record)
+	// Closed is called exactly once for each Opened.
+	Closed(*Record)
+	// Failed is called, instead of both, for a connection that failed before
+	// it could be counted (early deny).
+	Failed(*Record)
+}
