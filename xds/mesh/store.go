@@ -1,0 +1,116 @@
+package mesh
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+)
+
+// Config is what a Store needs to know. The zero value is usable.
+type Config struct {
+	// LocalNode is this node's name; workloads on it are local. Empty: all are.
+	LocalNode string
+	// TrustDomain is that of workloads which name none. Default cluster.local.
+	TrustDomain string
+	// Rand returns a random number in [0, n), for n > 0, and may be called from
+	// any goroutine. Default math/rand/v2.
+	Rand func(n uint64) uint64
+	// Log gets what was rejected. Default: nothing is logged.
+	Log *slog.Logger
+}
+
+// A Store holds the current Snapshot and makes the next ones from what the
+// handlers of Addresses and Authorizations are given.
+type Store struct {
+	// Set by NewStore, read-only after.
+	config Config
+
+	current atomic.Pointer[Snapshot]
+
+	// writing is held while the next snapshot is made.
+	writing sync.Mutex
+
+	// mu guards the field below.
+	mu       sync.Mutex
+	watchers map[*Watch]struct{}
+}
+
+// NewStore returns a Store of an empty mesh.
+func NewStore(config Config) *Store {
+	if config.TrustDomain == "" {
+		config.TrustDomain = "cluster.local"
+	}
+	if config.Rand == nil {
+		config.Rand = rand.Uint64N
+	}
+	if config.Log == nil {
+		config.Log = slog.New(slog.DiscardHandler)
+	}
+	s := &Store{config: config, watchers: make(map[*Watch]struct{})}
+	s.current.Store(&Snapshot{config: &s.config})
+	return s
+}
+
+// Snapshot returns the mesh as it is now; never nil.
+func (s *Store) Snapshot() *Snapshot { return s.current.Load() }
+
+// A Watch gets a wake-up when the snapshot has changed.
+type Watch struct {
+	// C holds at most one wake-up; several changes may share it.
+	C <-chan struct{}
+
+	c     chan struct{}
+	store *Store
+}
+
+// Watch begins to watch. A change after Watch returns wakes; one before may not.
+// Stop must be called.
+func (s *Store) Watch() *Watch {
+	c := make(chan struct{}, 1)
+	w := &Watch{C: c, c: c, store: s}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.watchers[w] = struct{}{}
+	return w
+}
+
+// Stop ends the watch. It is idempotent.
+func (w *Watch) Stop() {
+	w.store.mu.Lock()
+	defer w.store.mu.Unlock()
+	delete(w.store.watchers, w)
+}
+
+// WaitLocal returns the local workload with this name, namespace and service
+// account, waiting for it until ctx ends.
+func (s *Store) WaitLocal(ctx context.Context, name, namespace, serviceAccount string) (*Workload, error) {
+	watch := s.Watch()
+	defer watch.Stop()
+	for {
+		if w := s.Snapshot().Local(name, namespace, serviceAccount); w != nil {
+			return w, nil
+		}
+		select {
+		case <-watch.C:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("mesh: wait for workload %s/%s (service account %s): %w", namespace, name, serviceAccount, context.Cause(ctx))
+		}
+	}
+}
+
+// publish makes next the current snapshot and wakes every watcher.
+func (s *Store) publish(next *Snapshot) {
+	next.Version++
+	s.current.Store(next)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for w := range s.watchers {
+		select {
+		case w.c <- struct{}{}:
+		default:
+		}
+	}
+}
