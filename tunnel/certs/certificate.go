@@ -4,6 +4,9 @@ import (
 	"crypto/ecdsa"
 	"crypto/tls"
 	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/ztun/ztun/tunnel/identity"
@@ -21,17 +24,66 @@ type Certificate struct {
 	NotBefore time.Time           // of Leaf
 	NotAfter  time.Time           // of Leaf
 
-	key *ecdsa.PrivateKey
+	pair    tls.Certificate
+	roots   *x509.CertPool
+	pqcOnly bool
+	server  func() *tls.Config
 }
 
-// ClientTLS returns the configuration to dial a peer that has to present one
-// of the identities in want. With an empty want every peer is refused.
-func (c *Certificate) ClientTLS(want []identity.ID) *tls.Config { panic("certs: being written") }
+// New makes a Certificate of what a CA returned for the key of a request (see
+// CA.Sign, NewRequest), if it is for id and key, and valid at now.
+func New(id identity.ID, key *ecdsa.PrivateKey, elements [][]byte, now time.Time) (*Certificate, error) {
+	parsed, err := parseChain(elements)
+	if err == nil {
+		err = parsed.check(id, &key.PublicKey, now)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("certs: answer for %v: %w", id, err)
+	}
+	return parsed.certificate(id, key, false), nil
+}
 
-// ServerTLS returns the configuration to accept peers of the same trust
-// domain. It is built once: do not modify it.
-func (c *Certificate) ServerTLS() *tls.Config { panic("certs: being written") }
+func (c chain) certificate(id identity.ID, key *ecdsa.PrivateKey, pqcOnly bool) *Certificate {
+	leaf := c.certs[0]
+	out := &Certificate{
+		ID:        id,
+		Leaf:      leaf,
+		Chain:     c.certs,
+		Roots:     c.roots,
+		NotBefore: leaf.NotBefore,
+		NotAfter:  leaf.NotAfter,
+		pair:      tls.Certificate{PrivateKey: key, Leaf: leaf},
+		roots:     x509.NewCertPool(),
+		pqcOnly:   pqcOnly,
+	}
+	for _, cert := range c.certs {
+		out.pair.Certificate = append(out.pair.Certificate, cert.Raw)
+	}
+	for _, root := range c.roots {
+		out.roots.AddCert(root)
+	}
+	out.server = sync.OnceValue(out.newServerTLS)
+	return out
+}
 
-// PeerID returns the identity of the peer: the first URI SAN of its leaf that
-// parses.
-func PeerID(cs tls.ConnectionState) (identity.ID, error) { panic("certs: being written") }
+// expired reports whether c is of no use any more at now.
+func (c *Certificate) expired(now time.Time) bool { return !now.Before(c.NotAfter) }
+
+// refreshAt is half of c's life.
+func (c *Certificate) refreshAt() time.Time {
+	return c.NotBefore.Add(c.NotAfter.Sub(c.NotBefore) / 2)
+}
+
+// String names c without any of its contents, the key least of all.
+func (c *Certificate) String() string {
+	if c == nil {
+		return "no certificate"
+	}
+	return fmt.Sprintf("certificate %x of %v, valid until %s", c.Leaf.SerialNumber, c.ID, stamp(c.NotAfter))
+}
+
+// GoString is String, so that %#v does not print the key.
+func (c *Certificate) GoString() string { return c.String() }
+
+// LogValue is String.
+func (c *Certificate) LogValue() slog.Value { return slog.StringValue(c.String()) }

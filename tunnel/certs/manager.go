@@ -3,7 +3,12 @@ package certs
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/ztun/ztun/tunnel/identity"
@@ -12,7 +17,8 @@ import (
 // A CA signs certificate requests.
 type CA interface {
 	// Sign returns the chain for the PEM encoded request csr, as PEM: the
-	// leaf, intermediates, and last the root bundle.
+	// leaf, intermediates, and last the root bundle. It returns soon after ctx
+	// is done. Its errors hold no secrets.
 	Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) (chain [][]byte, err error)
 }
 
@@ -39,41 +45,148 @@ type Config struct {
 	Log           *slog.Logger  // nil: discard
 }
 
+// A fetch that failed is tried again after firstRetry, twice that, and so on
+// up to maxRetry, each of these ±retryJitter.
+const (
+	firstRetry  = time.Second
+	maxRetry    = 150 * time.Second
+	retryJitter = 0.2
+)
+
+// maxSleep bounds how late a renewal is after the wall clock was set, or the
+// machine slept: certificates live by the wall clock, timers do not.
+const maxSleep = time.Minute
+
 // What Get's errors match.
 var (
-	ErrUnavailable = errors.New("certs: no certificate")            // the last fetch failed; wraps its error
-	ErrForgotten   = errors.New("certs: identity no longer needed") // Forget was called
+	ErrUnavailable = errors.New("no certificate") // the last fetch failed; wraps its error
+	ErrForgotten   = errors.New("identity no longer needed")
 	ErrBusy        = errors.New("certs: too many waiters or identities")
 	ErrClosed      = errors.New("certs: manager is closed")
 )
 
+var errFetchTimeout = errors.New("no answer in time")
+
 // A Manager fetches, holds and renews the certificates of the identities it is
 // asked for.
-type Manager struct{}
+type Manager struct {
+	// Set by NewManager, read-only after.
+	cfg  Config
+	wake chan struct{} // one slot: there may be something to fetch
+
+	// mu guards the fields below, and the entries.
+	mu       sync.Mutex
+	entries  map[identity.ID]*entry
+	later    queue // entries that wait for their time
+	now      queue // entries that wait for a place, by priority
+	fetching int
+	waiters  int
+	running  bool
+	closed   bool
+}
 
 // NewManager returns a Manager; Run makes it work.
-func NewManager(cfg Config) *Manager { panic("certs: being written") }
+func NewManager(cfg Config) *Manager {
+	setDefault(&cfg.TTL, 24*time.Hour)
+	setDefault(&cfg.Concurrency, 8)
+	setDefault(&cfg.FetchTimeout, 20*time.Second)
+	setDefault(&cfg.MaxIdentities, 4096)
+	setDefault(&cfg.MaxWaiters, 16384)
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Manager{
+		cfg:     cfg,
+		wake:    make(chan struct{}, 1),
+		entries: make(map[identity.ID]*entry),
+		later:   queue{less: byTime},
+		now:     queue{less: byPriority},
+	}
+}
+
+func setDefault[T int | time.Duration](v *T, to T) {
+	if *v <= 0 {
+		*v = to
+	}
+}
 
 // Run fetches until ctx is done; then it fails all waiters and returns when
-// its fetches have ended.
-func (m *Manager) Run(ctx context.Context) error { panic("certs: being written") }
+// its fetches have ended. It can run once.
+func (m *Manager) Run(ctx context.Context) error {
+	m.mu.Lock()
+	ran := m.running
+	m.running = true
+	m.mu.Unlock()
+	if ran {
+		return errors.New("certs: run: was run before")
+	}
+	var fetches sync.WaitGroup
+	defer fetches.Wait()
+	defer m.close()
+	for {
+		timer := time.NewTimer(m.dispatch(ctx, &fetches))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case <-m.wake:
+			timer.Stop()
+		case <-timer.C:
+		}
+	}
+}
 
 // Get returns the certificate of id, waiting for the first fetch to end if it
 // must. While an identity is unavailable it returns the last error at once.
+// A fetch that waits for its turn is raised to p.
 func (m *Manager) Get(ctx context.Context, id identity.ID, p Priority) (*Certificate, error) {
-	panic("certs: being written")
+	e, changed, cert, err := m.ask(id, p)
+	if e == nil {
+		return cert, err
+	}
+	defer m.leave()
+	for changed != nil {
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("certs: wait for %v: %w", id, context.Cause(ctx))
+		case <-changed:
+		}
+		changed, cert, err = m.outcome(e)
+	}
+	return cert, err
 }
 
 // Current returns the certificate of id if there is an unexpired one. It does
 // not wait and starts nothing.
-func (m *Manager) Current(id identity.ID) (*Certificate, bool) { panic("certs: being written") }
+func (m *Manager) Current(id identity.ID) (*Certificate, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e := m.entries[id]
+	if e == nil || !e.valid(time.Now()) {
+		return nil, false
+	}
+	return e.cert, true
+}
 
 // Prefetch starts a fetch for id, with Warmup, unless it is known already.
-func (m *Manager) Prefetch(id identity.ID) { panic("certs: being written") }
+func (m *Manager) Prefetch(id identity.ID) {
+	m.mu.Lock()
+	_, err := m.wantLocked(id, Warmup)
+	m.mu.Unlock()
+	if err != nil {
+		m.cfg.Log.Warn("certificate not prefetched", "identity", id, "error", err)
+	}
+}
 
 // Forget drops id, its certificate and its fetch. Those who wait for it fail
 // with ErrForgotten.
-func (m *Manager) Forget(id identity.ID) { panic("certs: being written") }
+func (m *Manager) Forget(id identity.ID) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if e := m.entries[id]; e != nil {
+		m.dropLocked(e, ErrForgotten)
+	}
+}
 
 // Status is what Dump says of an identity.
 type Status struct {
@@ -85,4 +198,135 @@ type Status struct {
 }
 
 // Dump lists all identities, ordered by their text.
-func (m *Manager) Dump() []Status { panic("certs: being written") }
+func (m *Manager) Dump() []Status {
+	m.mu.Lock()
+	now := time.Now()
+	out := make([]Status, 0, len(m.entries))
+	for _, e := range m.entries {
+		out = append(out, e.status(now))
+	}
+	m.mu.Unlock()
+	slices.SortFunc(out, func(a, b Status) int { return strings.Compare(a.ID.String(), b.ID.String()) })
+	return out
+}
+
+// ask answers for id what can be answered at once. Otherwise it returns the
+// entry to wait for, and what is closed when it has changed; the caller then
+// owes a leave.
+func (m *Manager) ask(id identity.ID, p Priority) (*entry, <-chan struct{}, *Certificate, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e, err := m.wantLocked(id, p)
+	switch {
+	case err != nil:
+		return nil, nil, nil, err
+	case e.valid(time.Now()):
+		return nil, nil, e.cert, nil
+	case e.err != nil:
+		return nil, nil, nil, e.unavailable()
+	case m.waiters >= m.cfg.MaxWaiters:
+		return nil, nil, nil, ErrBusy
+	}
+	m.waiters++
+	return e, e.changed, nil, nil
+}
+
+// wantLocked returns the entry of id, and sees to it that a fetch with at
+// least p is on its way if it has nothing to give.
+func (m *Manager) wantLocked(id identity.ID, p Priority) (*entry, error) {
+	if m.closed {
+		return nil, ErrClosed
+	}
+	if id.IsZero() {
+		return nil, fmt.Errorf("certs: get: %w for the zero identity", ErrUnavailable)
+	}
+	e := m.entries[id]
+	if e == nil {
+		if len(m.entries) >= m.cfg.MaxIdentities {
+			return nil, ErrBusy
+		}
+		e = &entry{id: id, due: time.Now(), changed: make(chan struct{})}
+		m.entries[id] = e
+	}
+	if !e.valid(time.Now()) && e.err == nil {
+		m.hurryLocked(e, p)
+	}
+	return e, nil
+}
+
+func (m *Manager) leave() {
+	m.mu.Lock()
+	m.waiters--
+	m.mu.Unlock()
+}
+
+// outcome is what a waiter for e gets; as long as there is nothing, it is what
+// to wait for.
+func (m *Manager) outcome(e *entry) (changed <-chan struct{}, cert *Certificate, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case e.gone != nil:
+		return nil, nil, fmt.Errorf("certs: wait for %v: %w", e.id, e.gone)
+	case e.valid(time.Now()):
+		return nil, e.cert, nil
+	case e.err != nil:
+		return nil, nil, e.unavailable()
+	}
+	return e.changed, nil, nil
+}
+
+// hurryLocked queues e, whose certificate somebody needs now, or raises it in
+// the queue.
+func (m *Manager) hurryLocked(e *entry, p Priority) {
+	p = max(p, e.priority)
+	switch {
+	case e.cancel != nil:
+		return
+	case e.queue == &m.now:
+		m.now.remove(e)
+	case e.queue == &m.later:
+		m.later.remove(e)
+		e.due = time.Now()
+	}
+	e.priority = p
+	m.now.add(e)
+	m.wakeUp()
+}
+
+func (m *Manager) dropLocked(e *entry, why error) {
+	delete(m.entries, e.id)
+	if e.queue != nil {
+		e.queue.remove(e)
+	}
+	if e.cancel != nil {
+		e.cancel()
+	}
+	e.gone = why
+	close(e.changed)
+}
+
+func (m *Manager) close() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.closed = true
+	for _, e := range m.entries {
+		m.dropLocked(e, ErrClosed)
+	}
+}
+
+func (m *Manager) wakeUp() {
+	select {
+	case m.wake <- struct{}{}:
+	default:
+	}
+}
+
+// retryIn is how long to wait after the n-th failure in a row, n > 0.
+func retryIn(n int) time.Duration {
+	d := maxRetry
+	if n < 16 {
+		d = min(d, firstRetry<<(n-1))
+	}
+	return time.Duration(float64(d) * (1 - retryJitter + 2*retryJitter*rand.Float64()))
+}

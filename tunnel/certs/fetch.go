@@ -1,0 +1,141 @@
+package certs
+
+import (
+	"context"
+	"crypto/x509"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// dispatch starts the fetches that there is work and a place for, and returns
+// when to look again.
+func (m *Manager) dispatch(ctx context.Context, fetches *sync.WaitGroup) time.Duration {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := time.Now()
+	for e := m.later.first(); e != nil && !e.due.After(now); e = m.later.first() {
+		m.later.remove(e)
+		m.now.add(e)
+	}
+	for m.fetching < m.cfg.Concurrency {
+		e := m.now.first()
+		if e == nil {
+			break
+		}
+		m.now.remove(e)
+		m.fetching++
+		fctx, cancel := context.WithTimeoutCause(ctx, m.cfg.FetchTimeout, errFetchTimeout)
+		e.cancel = cancel
+		fetches.Go(func() {
+			defer cancel()
+			m.fetch(fctx, e)
+		})
+	}
+	if e := m.later.first(); e != nil {
+		return min(e.due.Sub(now), maxSleep)
+	}
+	return maxSleep
+}
+
+// fetch gets one certificate and gives e its next place.
+func (m *Manager) fetch(ctx context.Context, e *entry) {
+	start := time.Now()
+	cert, err := m.sign(ctx, e)
+	m.mu.Lock()
+	m.fetching--
+	m.wakeUp()
+	if e.gone != nil {
+		m.mu.Unlock()
+		return
+	}
+	e.cancel = nil
+	now := time.Now()
+	if err == nil {
+		e.succeeded(cert, now)
+	} else {
+		e.failed(err, now)
+	}
+	m.later.add(e)
+	close(e.changed)
+	e.changed = make(chan struct{})
+	failures, retry := e.failures, e.due.Sub(now)
+	m.mu.Unlock()
+
+	log := m.cfg.Log.With("identity", e.id, "took", now.Sub(start))
+	if err != nil {
+		log.Warn("certificate not fetched", "error", err, "failures", failures, "retry_in", retry)
+		return
+	}
+	log.Info("certificate fetched", "serial", cert.Leaf.SerialNumber.String(), "not_after", cert.NotAfter, "roots", len(cert.Roots))
+}
+
+// sign makes a key and gets it a certificate.
+func (m *Manager) sign(ctx context.Context, e *entry) (*Certificate, error) {
+	key, csr, err := NewRequest(e.id)
+	if err != nil {
+		return nil, err
+	}
+	elements, err := m.cfg.CA.Sign(ctx, e.id, csr, m.cfg.TTL)
+	if err != nil {
+		if ctx.Err() != nil {
+			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+		return nil, fmt.Errorf("certs: sign: %w", err)
+	}
+	parsed, err := parseChain(elements)
+	if err == nil {
+		err = parsed.check(e.id, &key.PublicKey, time.Now())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("certs: answer of CA: %w", err)
+	}
+	if parsed.skipped > 0 {
+		m.cfg.Log.Warn("roots of CA skipped: they do not parse", "identity", e.id, "skipped", parsed.skipped, "used", len(parsed.roots))
+	}
+	cert := parsed.certificate(e.id, key, m.cfg.PQCOnly)
+	if err := cert.verifySelf(); err != nil {
+		// Peers may know other roots than these: theirs is the last word.
+		m.cfg.Log.Warn("certificate does not chain to the roots it came with", "identity", e.id, "error", err)
+	}
+	return cert, nil
+}
+
+func (c *Certificate) verifySelf() error {
+	intermediates := x509.NewCertPool()
+	for _, cert := range c.Chain[1:] {
+		intermediates.AddCert(cert)
+	}
+	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
+		_, err := c.Leaf.Verify(x509.VerifyOptions{Roots: c.roots, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// succeeded sets when e is fetched again: at half of its life, or, if it is
+// older than that already (a short life, a CA that dates back, a slow clock),
+// at half of what is left, but never without a pause.
+func (e *entry) succeeded(cert *Certificate, now time.Time) {
+	e.cert, e.err, e.priority, e.failures = cert, nil, Background, 0
+	if e.due = cert.refreshAt(); !e.due.After(now) {
+		e.due = now.Add(max(cert.NotAfter.Sub(now)/2, firstRetry))
+	}
+}
+
+// failed sets when e is tried again; an old certificate serves on meanwhile,
+// and when it ends one more try is due at once.
+func (e *entry) failed(err error, now time.Time) {
+	e.err = err
+	e.failures++
+	e.due = now.Add(retryIn(e.failures))
+	e.priority = Warmup
+	if e.valid(now) {
+		e.priority = Background
+		if e.cert.NotAfter.Before(e.due) {
+			e.due = e.cert.NotAfter
+		}
+	}
+}
