@@ -2,23 +2,216 @@ package tun
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"strconv"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	wgtun "golang.zx2c4.com/wireguard/tun"
 )
 
 // ErrBusy says that somebody reads the device.
 var ErrBusy = errors.New("tun: device has a reader")
 
+const (
+	cloneDevice = "/dev/net/tun"
+	deviceFlags = unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR
+	tcpOffloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
+)
+
 // Create makes a persistent TUN device in the network namespace of the calling thread, down, and returns its packet
-// descriptor in blocking mode.
+// descriptor. The descriptor blocks, and must stay so: its flags are shared by all who hold it. offload says whether
+// the kernel agreed to checksum and segmentation offload. The error matches os.ErrExist if the name is taken.
+//
+// Without CAP_NET_ADMIN over the namespace nobody can attach to the device later: it belongs to a user that does not exist
+// (in a user namespace, where the kernel refuses such an owner, to the highest user there is).
 func Create(name string, mtu uint32) (f *os.File, offload bool, err error) {
-	return nil, false, errors.ErrUnsupported
+	if exists(name) {
+		return nil, false, fmt.Errorf("tun: create %s: %w", name, os.ErrExist)
+	}
+	if f, err = attach(name); err != nil {
+		return nil, false, fmt.Errorf("tun: create %s: %w", name, err)
+	}
+	defer func() {
+		if err != nil {
+			_ = f.Close() // not persistent yet: this removes the device
+		}
+	}()
+	if err = setOwner(f); err != nil {
+		return nil, false, fmt.Errorf("tun: create %s: %w", name, err)
+	}
+	if offload, err = configure(f, int(mtu)); err != nil {
+		return nil, false, fmt.Errorf("tun: create %s: %w", name, err)
+	}
+	if err = ioctl(f, unix.TUNSETPERSIST, 1); err != nil {
+		return nil, false, fmt.Errorf("tun: create %s: make it persistent: %w", name, err)
+	}
+	return f, offload, nil
 }
 
 // Open opens a device that Create made, in the network namespace of the calling thread. The error matches ErrBusy
 // if somebody reads it and os.ErrNotExist if there is none.
 func Open(name string) (f *os.File, offload bool, err error) {
-	return nil, false, errors.ErrUnsupported
+	if !exists(name) {
+		return nil, false, fmt.Errorf("tun: open %s: %w", name, os.ErrNotExist)
+	}
+	if f, err = attach(name); err != nil {
+		return nil, false, fmt.Errorf("tun: open %s: %w", name, err)
+	}
+	offload, err = negotiate(f)
+	if err != nil {
+		_ = f.Close()
+		return nil, false, fmt.Errorf("tun: open %s: %w", name, err)
+	}
+	return f, offload, nil
 }
 
-// Remove takes the device away, also under its reader. No device is no error.
-func Remove(name string) error { return errors.ErrUnsupported }
+// Remove takes the device away from the network namespace of the calling thread, also under its reader, whose descriptor
+// is dead from then on. No device is no error; a device of another kind is left alone.
+func Remove(name string) error {
+	link, err := netlink.LinkByName(name)
+	var none netlink.LinkNotFoundError
+	if errors.As(err, &none) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("tun: remove %s: %w", name, err)
+	}
+	if link.Type() != "tuntap" && link.Type() != "tun" {
+		return fmt.Errorf("tun: remove %s: it is a %s", name, link.Type())
+	}
+	if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
+		return fmt.Errorf("tun: remove %s: %w", name, err)
+	}
+	return nil
+}
+
+// attach binds a new descriptor to the device, which is made if there is none. os.NewFile keeps a descriptor that
+// blocks out of the runtime's poller.
+func attach(name string) (*os.File, error) {
+	fd, err := unix.Open(cloneDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", cloneDevice, err)
+	}
+	ifr, err := unix.NewIfreq(name)
+	if err == nil {
+		ifr.SetUint16(deviceFlags)
+		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
+	}
+	if err != nil {
+		_ = unix.Close(fd)
+		if errors.Is(err, unix.EBUSY) {
+			return nil, ErrBusy
+		}
+		return nil, fmt.Errorf("attach: %w", err)
+	}
+	return os.NewFile(uintptr(fd), cloneDevice), nil
+}
+
+// setOwner keeps others off: an ownerless device can be attached by any process of the pod that gets at a TUN node.
+func setOwner(f *os.File) error {
+	err := ioctl(f, unix.TUNSETOWNER, -2)
+	if errors.Is(err, unix.EINVAL) {
+		err = ioctl(f, unix.TUNSETOWNER, highestUser())
+	}
+	if err != nil {
+		return fmt.Errorf("set its owner: %w", err)
+	}
+	return nil
+}
+
+// highestUser is the last user id that exists in this user namespace.
+func highestUser() int {
+	b, err := os.ReadFile("/proc/thread-self/uid_map")
+	if err != nil {
+		return 0
+	}
+	return lastMapped(string(b))
+}
+
+// lastMapped reads lines of "inside outside count", see user_namespaces(7).
+func lastMapped(uidMap string) int {
+	last := 0
+	for line := range strings.Lines(uidMap) {
+		f := strings.Fields(line)
+		if len(f) != 3 {
+			continue
+		}
+		first, err1 := strconv.ParseUint(f[0], 10, 32)
+		count, err2 := strconv.ParseUint(f[2], 10, 32)
+		if err1 == nil && err2 == nil && count > 0 {
+			last = max(last, int(first+count-1))
+		}
+	}
+	return last
+}
+
+// configure sets MTU and offloads of a new device. wireguard-go does it, on a second descriptor of its own: it also
+// checks what the kernel made, and its conventions are those of every reader we know. Its UDP segmentation offload is taken
+// back by negotiate, since captured UDP is only DNS.
+func configure(f *os.File, mtu int) (offload bool, err error) {
+	var dup int
+	if err := control(f, func(fd int) (err error) {
+		dup, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+		return err
+	}); err != nil {
+		return false, err
+	}
+	second := os.NewFile(uintptr(dup), cloneDevice)
+	dev, err := wgtun.CreateTUNFromFile(second, mtu)
+	if err != nil {
+		_ = second.Close()
+		return false, err
+	}
+	if err := dev.Close(); err != nil {
+		return false, err
+	}
+	return negotiate(f)
+}
+
+// negotiate asks for TCP offloads, and does without where the kernel has none; the 10-byte header stays either way.
+func negotiate(f *os.File) (offload bool, err error) {
+	if err := setHeaderSize(f); err != nil {
+		return false, fmt.Errorf("set the header's size: %w", err)
+	}
+	if ioctl(f, unix.TUNSETOFFLOAD, tcpOffloads) == nil {
+		return true, nil
+	}
+	if err := ioctl(f, unix.TUNSETOFFLOAD, 0); err != nil {
+		return false, fmt.Errorf("set offloads: %w", err)
+	}
+	return false, nil
+}
+
+func setHeaderSize(f *os.File) error {
+	return control(f, func(fd int) error { return unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, HeaderSize) })
+}
+
+func ioctl(f *os.File, req uint, value int) error {
+	return control(f, func(fd int) error { return unix.IoctlSetInt(fd, req, value) })
+}
+
+// control runs an operation on the descriptor without (*os.File).Fd, which may change its flags.
+func control(f *os.File, op func(fd int) error) error {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var opErr error
+	if err := rc.Control(func(fd uintptr) { opErr = op(int(fd)) }); err != nil {
+		return err
+	}
+	return opErr
+}
+
+func exists(name string) bool {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer func() { _ = unix.Close(fd) }()
+	ifr, err := unix.NewIfreq(name)
+	return err == nil && unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, ifr) == nil
+}
