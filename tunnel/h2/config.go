@@ -59,3 +59,36 @@ type Config struct {
 	// nil after a graceful end, else the cause.
 	OnClose func(err error)
 }
+
+func (cfg *Config) withDefaults() Config {
+	c := *cfg
+	def(&c.InitialWindow, DefaultInitialWindow)
+	def(&c.MaxWindow, DefaultMaxWindow)
+	def(&c.ConnWindow, DefaultConnWindow)
+	def(&c.MaxFrameSize, DefaultMaxFrameSize)
+	if c.Client {
+		def(&c.MaxHeaderList, DefaultClientMaxHeaderList)
+		def(&c.MaxStreams, DefaultClientMaxStreams)
+	} else {
+		def(&c.MaxHeaderList, DefaultServerMaxHeaderList)
+		def(&c.MaxStreams, DefaultServerMaxStreams)
+	}
+	def(&c.PingEvery, DefaultPingEvery)
+	def(&c.PingTimeout, DefaultPingTimeout)
+	def(&c.SetupTimeout, DefaultSetupTimeout)
+	c.Limits = c.Limits.withDefaults()
+
+	// A peer may use the protocol's defaults until it has read our SETTINGS.
+	c.InitialWindow = min(max(c.InitialWindow, initialWindow), maxWindow)
+	c.MaxWindow = min(max(c.MaxWindow, c.InitialWindow), maxWindow)
+	c.ConnWindow = min(max(c.ConnWindow, c.MaxWindow), maxWindow)
+	c.MaxFrameSize = min(max(c.MaxFrameSize, minMaxFrameSize), maxMaxFrameSize)
+	return c
+}
+
+func def[T comparable](p *T, value T) {
+	var zero T
+	if *p == zero {
+		*p = value
+	}
+}

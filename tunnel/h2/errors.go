@@ -64,7 +64,12 @@ type ConnError struct {
 	Remote bool   // The peer said so.
 	Limit  Limit  // Which of Config.Limits the peer broke, if any.
 	Detail string // For logs; what the peer sent is not in it.
+
+	cause error
 }
+
+// Unwrap returns the sentinel that says more, if there is one.
+func (e *ConnError) Unwrap() error { return e.cause }
 
 func (e *ConnError) Error() string {
 	by := "here"

@@ -1,0 +1,299 @@
+package h2
+
+import (
+	"encoding/binary"
+	"errors"
+	"sync"
+
+	"golang.org/x/net/http2"
+
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+const (
+	frameHeadLen = 9
+
+	// bulkFrame is the payload of a DATA frame of one busy stream: head, four
+	// TLS records' overhead (22 bytes each) and payload fit one TCP
+	// super-segment of 45 MSS, for either IP version with timestamps.
+	bulkFrame = 64000
+	// sharedFrame is the same when several streams are busy.
+	sharedFrame = 32<<10 - frameHeadLen
+
+	// flushAt is when pending output is written without waiting for the end
+	// of the pass.
+	flushAt = 60 << 10
+	// maxPending is when streams must wait for t to take more. One frame may
+	// exceed it.
+	maxPending = 256 << 10
+	// minShare is what each of many busy streams may send in its turn.
+	minShare = 16 << 10
+
+	// waitingUpdates is how many WINDOW_UPDATEs a peer may send for each DATA
+	// frame of ours: a stream's and the connection's, twice.
+	waitingUpdates = 4
+)
+
+// output is what has been written and not yet been taken by t.
+type output struct {
+	buf     []byte
+	off     int         // buf[:off] has been taken
+	task    splice.Task // flushes at the end of the pass
+	blocked bool        // t took less than it was given
+	over    bool        // the bound for control frames was exceeded
+
+	reserved   *Stream // between Reserve and Commit
+	reservedAt int     // where its frame head begins
+
+	// Streams that wait for room or for the connection's window, in order.
+	waiters []*Stream
+	// A turn lasts until the next flush at the end of a pass. busy and before
+	// count the streams that wanted to send in this turn and the last.
+	turn         uint64
+	busy, before int
+}
+
+// queued is how many bytes wait for t.
+func (c *Conn) queued() int { return len(c.out.buf) - c.out.off }
+
+// appendBytes queues control bytes.
+func (c *Conn) appendBytes(p []byte) {
+	if c.state != stateOpen {
+		return
+	}
+	if c.queued() > maxPending+bulkFrame+frameHeadLen+c.cfg.Limits.QueuedControls && !c.out.over {
+		c.out.over = true
+		c.overLimit(LimitReplies)
+		return
+	}
+	c.room(len(p))
+	c.out.buf = append(c.out.buf, p...)
+	c.flushLater()
+}
+
+// frameWriter is the io.Writer below the Framer.
+type frameWriter struct{ c *Conn }
+
+func (w frameWriter) Write(p []byte) (int, error) {
+	w.c.appendBytes(p)
+	return len(p), nil
+}
+
+func (c *Conn) flushLater() {
+	if !c.out.blocked {
+		c.loop.Last(&c.out.task)
+	}
+}
+
+// lastTask ends a turn: what is queued goes out, then those who waited go on.
+func (c *Conn) lastTask() {
+	if c.state != stateOpen {
+		c.lingerStep()
+		return
+	}
+	c.flush()
+	c.out.turn++
+	c.out.before, c.out.busy = c.out.busy, 0
+	c.wakeWriters()
+}
+
+// flush writes what is queued to t.
+func (c *Conn) flush() {
+	if c.out.blocked || c.queued() == 0 {
+		return
+	}
+	n, err := c.t.Write(c.out.buf[c.out.off:])
+	c.out.off += n
+	switch {
+	case c.queued() == 0:
+		c.dropOutput()
+	case errors.Is(err, splice.ErrAgain):
+		c.out.blocked = true
+	default:
+		c.lost(err)
+	}
+}
+
+// wakeWriters lets those who wait try again, unless they would have to wait
+// as before.
+func (c *Conn) wakeWriters() {
+	if len(c.out.waiters) == 0 || c.queued() >= maxPending || c.send <= 0 {
+		return
+	}
+	for i, s := range c.out.waiters {
+		c.out.waiters[i] = nil
+		s.waiting = false
+		s.poke()
+	}
+	c.out.waiters = c.out.waiters[:0]
+}
+
+// room makes space for n more bytes.
+func (c *Conn) room(n int) {
+	o := &c.out
+	if cap(o.buf)-len(o.buf) >= n {
+		return
+	}
+	queued := len(o.buf) - o.off
+	if o.off > 0 && cap(o.buf)-queued >= n && queued <= cap(o.buf)/2 {
+		copy(o.buf, o.buf[o.off:])
+		o.buf, o.off = o.buf[:queued], 0
+		return
+	}
+	bigger := getBuffer(queued + n)[:queued]
+	copy(bigger, o.buf[o.off:])
+	putBuffer(o.buf)
+	o.buf, o.off = bigger, 0
+}
+
+func (c *Conn) dropOutput() {
+	putBuffer(c.out.buf)
+	c.out.buf, c.out.off = nil, 0
+}
+
+// mayWrite says how many bytes of DATA s may send in one frame now. With 0 the
+// stream has been noted for a wake-up.
+func (s *Stream) mayWrite(want int) int {
+	c := s.c
+	if s.send <= 0 {
+		s.windowBlocked = true
+		return 0
+	}
+	if s.turn != c.out.turn {
+		s.turn, s.spent = c.out.turn, 0
+		c.out.busy++
+	}
+	limit := bulkFrame
+	if rivals := max(c.out.busy, c.out.before); rivals > 1 {
+		limit = min(sharedFrame, max(minShare, maxPending/rivals)-s.spent)
+	}
+	if limit <= 0 || c.send <= 0 || c.queued() >= maxPending {
+		s.wait()
+		return 0
+	}
+	n := min(int64(min(want, limit)), int64(c.peer.maxFrame), s.send, c.send)
+	return int(n)
+}
+
+// wait queues s for wakeWriters.
+func (s *Stream) wait() {
+	if !s.waiting {
+		s.waiting = true
+		s.c.out.waiters = append(s.c.out.waiters, s)
+	}
+	s.c.flushLater()
+}
+
+// Reserve implements splice.Reserver.
+func (s *Stream) Reserve(max int) []byte {
+	c := s.c
+	if s.writeErr() != nil || max <= 0 {
+		return nil
+	}
+	n := s.mayWrite(max)
+	if n == 0 {
+		return nil
+	}
+	c.room(frameHeadLen + n)
+	c.out.reserved, c.out.reservedAt = s, len(c.out.buf)
+	at := len(c.out.buf) + frameHeadLen
+	return c.out.buf[at : at+n : at+n]
+}
+
+// Commit implements splice.Reserver.
+func (s *Stream) Commit(n int) {
+	c := s.c
+	if c.out.reserved != s {
+		return
+	}
+	c.out.reserved = nil
+	if n <= 0 || c.state != stateOpen || s.err != nil {
+		if len(c.out.buf) == 0 {
+			c.dropOutput()
+		}
+		return
+	}
+	at := c.out.reservedAt
+	c.out.buf = c.out.buf[:at+frameHeadLen+n]
+	putFrameHead(c.out.buf[at:], n, http2.FrameData, 0, s.id)
+	s.sent(n)
+	if c.queued() >= flushAt {
+		c.flush()
+	}
+	c.flushLater()
+}
+
+// sent accounts for n bytes of DATA that were queued.
+func (s *Stream) sent(n int) {
+	c := s.c
+	s.send -= int64(n)
+	c.send -= int64(n)
+	s.spent += n
+	c.stats.DataSent += uint64(n)
+	c.abuse.windowUpdates.n = max(0, c.abuse.windowUpdates.n-waitingUpdates)
+}
+
+// Write implements splice.End.
+func (s *Stream) Write(p []byte) (n int, err error) {
+	if len(p) == 0 {
+		return 0, s.writeErr()
+	}
+	for n < len(p) {
+		if err := s.writeErr(); err != nil {
+			return n, err
+		}
+		room := s.Reserve(len(p) - n)
+		if room == nil {
+			return n, splice.ErrAgain
+		}
+		m := copy(room, p[n:])
+		s.Commit(m)
+		n += m
+	}
+	return n, nil
+}
+
+func putFrameHead(b []byte, n int, t http2.FrameType, flags http2.Flags, id uint32) {
+	_ = b[frameHeadLen-1]
+	b[0], b[1], b[2], b[3], b[4] = byte(n>>16), byte(n>>8), byte(n), byte(t), byte(flags)
+	binary.BigEndian.PutUint32(b[5:], id)
+}
+
+// Output buffers come in three sizes: for control frames and small messages,
+// for a pass of bulk, and for all that may be pending.
+const (
+	smallBuffer  = 8 << 10
+	mediumBuffer = 128 << 10
+	largeBuffer  = 512 << 10
+)
+
+var buffers = [...]sync.Pool{
+	{New: func() any { return new([smallBuffer]byte) }},
+	{New: func() any { return new([mediumBuffer]byte) }},
+	{New: func() any { return new([largeBuffer]byte) }},
+}
+
+// getBuffer returns an empty buffer with room for n bytes.
+func getBuffer(n int) []byte {
+	switch {
+	case n <= smallBuffer:
+		return buffers[0].Get().(*[smallBuffer]byte)[:0]
+	case n <= mediumBuffer:
+		return buffers[1].Get().(*[mediumBuffer]byte)[:0]
+	case n <= largeBuffer:
+		return buffers[2].Get().(*[largeBuffer]byte)[:0]
+	}
+	return make([]byte, 0, n+n/2)
+}
+
+// putBuffer takes back what getBuffer returned.
+func putBuffer(b []byte) {
+	switch cap(b) {
+	case smallBuffer:
+		buffers[0].Put((*[smallBuffer]byte)(b[:smallBuffer]))
+	case mediumBuffer:
+		buffers[1].Put((*[mediumBuffer]byte)(b[:mediumBuffer]))
+	case largeBuffer:
+		buffers[2].Put((*[largeBuffer]byte)(b[:largeBuffer]))
+	}
+}
