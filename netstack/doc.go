@@ -1,2 +1,0 @@
-// Package netstack terminates the TCP of pods in gVisor stacks.
-package netstack

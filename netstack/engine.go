@@ -1,0 +1,193 @@
+// Package netstack terminates the TCP of pods. An Engine has a few readers;
+// each owns the devices and gVisor stacks of many pods and runs each packet to
+// completion: what arrives on a device is read in batches, handled by the
+// stack, moved by whatever runs on the reader's Loop, and written to a device,
+// all on one thread and without waking another.
+//
+// A SYN becomes a Request that must be accepted or refused exactly once; no
+// SYN-ACK leaves before. Established flows are splice.Ends that never block.
+// Nothing here knows what a flow is for.
+//
+// # How a packet travels
+//
+//  1. reader.wait: the thread waits for its devices (wait_linux.go).
+//  2. Stack.turn: up to 32 packets are read (turn.go); each is parsed
+//     (packet.go), forwarded at L3, dropped, or given to the pod's gVisor stack.
+//  3. A segment of an established flow is only queued by gVisor, since the
+//     reader holds the endpoint's lock; after the batch finish handles all of
+//     them at once (inline_linkname.go).
+//  4. Endpoints that changed wake their Flow (flow.go), which runs what its
+//     owner set with Notify: the splice reads, the tunnel encrypts.
+//  5. At the end of the pass the tunnels flush; gVisor hands the segments to
+//     link.WritePackets (link.go), one writev each.
+//
+// # Concurrency
+//
+// Handler methods, Request, Flow and Dial belong to the stack's Loop. Add,
+// Close and Loop.Post may be called from anywhere.
+package netstack
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"github.com/ztun/ztun/tun"
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+// TunnelPort is where a pod's stack accepts HBONE.
+const TunnelPort = 15008
+
+// Config configures an Engine.
+type Config struct {
+	// Readers is the number of reader threads. Default: GOMAXPROCS-2, at least 1.
+	Readers int
+	// Memory bounds the buffers that all flows together may come to hold, in
+	// bytes; capacity counts, not use. Default 4 GiB.
+	Memory int64
+	// Log takes what a human needs to know. Default: nothing.
+	Log *slog.Logger
+}
+
+// Tuple is a TCP connection as the pod sees it.
+type Tuple struct{ Local, Remote netip.AddrPort }
+
+// StackConfig describes one pod.
+type StackConfig struct {
+	// Name is for logs: namespace/pod.
+	Name string
+	// Addrs are the pod's addresses; at least one.
+	Addrs []netip.Addr
+	// BypassInbound forwards plaintext inbound connections at L3.
+	BypassInbound bool
+	// VirtualInterfaces lets packets through whose addresses are not the pod's:
+	// they come from a bridge or virtual machine inside and are outbound.
+	VirtualInterfaces bool
+	// CaptureDNS hands datagrams to port 53 to the Handler; otherwise they are
+	// forwarded at L3.
+	CaptureDNS bool
+	// Older are the connections that were established when the pod was
+	// attached. They are forwarded at L3 until they end.
+	Older []Tuple
+	// Limits of this pod; zero fields take their defaults.
+	Limits Limits
+	// IsProbe reports whether an inbound plaintext connection is the kubelet's
+	// and is to be forwarded at L3. Called on the loop, must not block. May be nil.
+	IsProbe func(src, dst netip.AddrPort) bool
+	// Gone is called on the loop, once, when the device cannot be read any
+	// more. May be nil.
+	Gone func(error)
+}
+
+// Handler answers what a pod's stack asks. Its methods run on the stack's
+// Loop and must not block.
+type Handler interface {
+	// HandleTCP takes a connection that an app of the pod opens (outbound) or
+	// that somebody opens to the pod in plaintext (inbound).
+	HandleTCP(*Request)
+	// HandleTunnel takes a connection accepted on the pod's TunnelPort.
+	HandleTunnel(end splice.End, remote, local netip.AddrPort)
+	// HandleUDP takes a captured datagram.
+	HandleUDP(*Datagram)
+}
+
+// Engine runs the stacks of all pods of a node.
+type Engine struct {
+	cfg     Config
+	readers []*reader
+	log     *slog.Logger
+	// reserved is the buffer capacity of all flows, in bytes.
+	reserved atomic.Int64
+
+	// mu guards the fields below.
+	mu     sync.Mutex
+	closed bool
+	wg     sync.WaitGroup // readers, and stacks that end
+}
+
+// New starts the readers.
+func New(cfg Config) (*Engine, error) {
+	if cfg.Readers == 0 {
+		cfg.Readers = max(1, runtime.GOMAXPROCS(0)-2)
+	}
+	if cfg.Readers < 0 || cfg.Readers > 1024 {
+		return nil, fmt.Errorf("netstack: %d readers", cfg.Readers)
+	}
+	if cfg.Memory == 0 {
+		cfg.Memory = 4 << 30
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	e := &Engine{cfg: cfg, log: cfg.Log}
+	for i := range cfg.Readers {
+		r, err := newReader(e, i)
+		if err != nil {
+			e.Close()
+			return nil, err
+		}
+		e.readers = append(e.readers, r)
+		e.wg.Go(r.run)
+	}
+	return e, nil
+}
+
+// Close ends every stack and waits for the readers.
+func (e *Engine) Close() {
+	e.mu.Lock()
+	e.closed = true
+	e.mu.Unlock()
+	for _, r := range e.readers {
+		r.close()
+	}
+	e.wg.Wait()
+}
+
+// Add makes a stack for the pod behind dev and starts to read. What waits in
+// the device is dropped: it was sent to somebody else, and TCP sends it again.
+// The Stack owns dev from here on.
+func (e *Engine) Add(dev *tun.Device, cfg StackConfig, h Handler) (*Stack, error) {
+	if len(cfg.Addrs) == 0 {
+		return nil, fmt.Errorf("netstack: pod %s has no address", cfg.Name)
+	}
+	e.mu.Lock()
+	if e.closed {
+		e.mu.Unlock()
+		return nil, errors.New("netstack: engine is closed")
+	}
+	e.mu.Unlock()
+	r := e.leastLoaded()
+	s, err := newStack(r, dev, cfg, h)
+	if err != nil {
+		return nil, err
+	}
+	done := make(chan error, 1)
+	r.Post(func() { done <- r.add(s) })
+	select {
+	case err = <-done:
+	case <-r.done:
+		err = errors.New("netstack: engine is closed")
+	}
+	if err != nil {
+		s.destroy()
+		return nil, err
+	}
+	return s, nil
+}
+
+// leastLoaded picks the reader with the fewest pods.
+func (e *Engine) leastLoaded() *reader {
+	best := e.readers[0]
+	for _, r := range e.readers[1:] {
+		if r.pods.Load() < best.pods.Load() {
+			best = r
+		}
+	}
+	best.pods.Add(1)
+	return best
+}

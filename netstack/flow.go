@@ -1,0 +1,323 @@
+package netstack
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"sync/atomic"
+	"syscall"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+var errClosed = errors.New("netstack: stack is closed")
+
+// A Flow is one TCP connection of a pod's stack, as a splice.End. Its methods
+// run on the stack's Loop.
+type Flow struct {
+	// Set when the flow is made, read-only after.
+	stack *Stack
+	ep    *tcp.Endpoint
+	queue *waiter.Queue // the endpoint's; wq, but for a listener's
+	wq    waiter.Queue
+	entry waiter.Entry
+	key   tuple // as packets from the peer show it
+	local bool  // the peer is the pod's own kernel: the app leg
+	size  int64 // buffer capacity reserved for one direction
+
+	queued atomic.Bool // in the reader's wakers
+
+	// Owned by the loop.
+	inline            bool // the reader handles its segments
+	locked            bool // this batch holds the endpoint's lock
+	notify            func()
+	connect           *dial // while connecting
+	wroteFIN, readFIN bool
+	over              bool // Close or Reset was called
+	released          bool // no longer counts
+	sink              tcpip.SliceWriter
+	source            bytes.Reader
+}
+
+var _ splice.End = (*Flow)(nil)
+
+// newFlow makes a Flow with no endpoint yet. peer and own are the ends as the
+// peer's packets show them.
+func (s *Stack) newFlow(peer, own netip.AddrPort, size int64) *Flow {
+	f := &Flow{stack: s, key: tupleOf(peer, own), size: size}
+	f.queue = &f.wq
+	f.local = s.isPod(f.key.src)
+	f.entry = waiter.NewFunctionEntry(allEvents, func(waiter.EventMask) { f.changed() })
+	s.counters.flows.Add(1)
+	return f
+}
+
+// Remote is the peer's address, Local ours: the one the peer sees.
+func (f *Flow) Remote() netip.AddrPort { return f.key.source() }
+func (f *Flow) Local() netip.AddrPort  { return f.key.destination() }
+
+// changed is gVisor's call that something happened. It comes from any
+// goroutine, with locks held.
+func (f *Flow) changed() {
+	if !f.queued.Swap(true) {
+		f.stack.reader.ready(f)
+	}
+}
+
+// woken runs on the loop after changed.
+func (f *Flow) woken() {
+	f.queued.Store(false)
+	if f.connect != nil {
+		f.connect.progress()
+		return
+	}
+	if f.over {
+		f.leave()
+		return
+	}
+	if f.notify != nil {
+		f.notify()
+	}
+}
+
+// establish makes the reader handle the flow's segments from now on.
+func (f *Flow) establish() {
+	f.inline = true
+	f.ep.SocketOptions().SetDelayOption(false)
+	keepalive(f.ep)
+	// The proxy reads no ICMP: a path that drops large packets must fragment them.
+	f.ep.SetSockOptInt(tcpip.MTUDiscoverOption, int(tcpip.PMTUDiscoveryDont))
+	if f.size < maxBuffer {
+		f.ep.SocketOptions().SetSendBufferSize(f.size, true)
+	}
+}
+
+// lock makes gVisor queue the flow's segments until the batch is finished.
+func (f *Flow) lock() {
+	f.ep.LockUser()
+	f.locked = true
+	f.stack.reader.locked = append(f.stack.reader.locked, f)
+}
+
+// pastEnd reports that a SYN came for a connection that is over but for
+// TIME_WAIT, and ends it, so that the SYN starts a new one.
+func (f *Flow) pastEnd(p *packet) bool {
+	if !p.isSYN() || f.connect != nil {
+		return false
+	}
+	switch f.ep.EndpointState() {
+	case tcp.StateTimeWait:
+		if f.locked {
+			f.stack.finishBatch()
+		}
+		timeWaitTimerExpired(f.ep)
+	case tcp.StateClose, tcp.StateError:
+	default:
+		return false
+	}
+	f.drop()
+	return true
+}
+
+// Read implements splice.End.
+func (f *Flow) Read(p []byte) (int, error) {
+	f.sink = p
+	res, err := f.ep.Read(&f.sink, tcpip.ReadOptions{})
+	f.sink = nil
+	if err == nil {
+		if int64(f.ep.SocketOptions().GetReceiveBufferSize()) < f.size {
+			f.ep.ModerateRecvBuf(res.Count)
+		}
+		return res.Count, nil
+	}
+	switch err.(type) {
+	case *tcpip.ErrWouldBlock:
+		return 0, splice.ErrAgain
+	case *tcpip.ErrClosedForReceive:
+		f.readFIN = true
+		if e := f.failure(); e != nil && !f.wroteFIN {
+			return 0, e
+		}
+		return 0, io.EOF
+	}
+	return 0, flowError("read", err)
+}
+
+// failure is the error that ended the connection, nil while it lives. gVisor
+// keeps a RST that comes after the peer's FIN to itself.
+func (f *Flow) failure() error {
+	if f.ep.EndpointState() == tcp.StateClose && !f.wroteFIN {
+		return fmt.Errorf("netstack: %w", splice.ErrReset)
+	}
+	return nil
+}
+
+// Write implements splice.End. An empty p asks whether the stream still lives.
+func (f *Flow) Write(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, f.alive()
+	}
+	done := 0
+	for done < len(p) {
+		f.source.Reset(p[done:])
+		n, err := f.ep.Write(&f.source, tcpip.WriteOptions{})
+		done += int(n)
+		switch err.(type) {
+		case nil:
+			if n == 0 {
+				return done, splice.ErrAgain
+			}
+		case *tcpip.ErrWouldBlock:
+			f.source.Reset(nil)
+			return done, splice.ErrAgain
+		case *tcpip.ErrClosedForSend:
+			f.source.Reset(nil)
+			if f.wroteFIN {
+				return done, io.ErrClosedPipe
+			}
+			return done, fmt.Errorf("netstack: write: %w", splice.ErrReset)
+		default:
+			f.source.Reset(nil)
+			return done, flowError("write", err)
+		}
+	}
+	f.source.Reset(nil)
+	return done, nil
+}
+
+// alive returns the error that ended the connection, if any did.
+func (f *Flow) alive() error {
+	switch f.ep.EndpointState() {
+	case tcp.StateError:
+		f.source.Reset(nil)
+		if _, err := f.ep.Write(&f.source, tcpip.WriteOptions{}); err != nil {
+			return flowError("connection", err)
+		}
+	case tcp.StateClose:
+		return f.failure()
+	}
+	return nil
+}
+
+// CloseWrite implements splice.End: it sends a FIN behind what was written.
+func (f *Flow) CloseWrite() error {
+	if f.wroteFIN {
+		return nil
+	}
+	f.wroteFIN = true
+	if err := f.ep.Shutdown(tcpip.ShutdownWrite); err != nil {
+		return flowError("close", err)
+	}
+	return nil
+}
+
+// Reset implements splice.End: it sends a RST.
+func (f *Flow) Reset(error) {
+	if f.over {
+		return
+	}
+	f.over = true
+	f.ep.Abort()
+	f.leave()
+}
+
+// Close implements splice.End.
+func (f *Flow) Close() {
+	if f.over {
+		return
+	}
+	if !f.wroteFIN || !f.readFIN {
+		f.Reset(nil)
+		return
+	}
+	f.over = true
+	f.ep.Close()
+	f.leave()
+}
+
+// Notify implements splice.End.
+func (f *Flow) Notify(ready func()) {
+	f.notify = ready
+	f.changed()
+}
+
+// leave takes the flow out of the table once its endpoint is through; until
+// then its last segments are handled here.
+func (f *Flow) leave() {
+	switch f.ep.EndpointState() {
+	case tcp.StateClose, tcp.StateError:
+		f.drop()
+	case tcp.StateTimeWait:
+		if !f.released {
+			f.release()
+			f.stack.holdTimeWait(f)
+		}
+	}
+}
+
+// maxTimeWait bounds the endpoints in TIME_WAIT of one pod; beyond it the
+// oldest ends early, as tcp_max_tw_buckets does.
+const maxTimeWait = 1024
+
+// holdTimeWait keeps f, which only waits for TIME_WAIT to end.
+func (s *Stack) holdTimeWait(f *Flow) {
+	s.timeWaits = append(s.timeWaits, f)
+	if len(s.timeWaits) > maxTimeWait {
+		oldest := s.timeWaits[0]
+		s.timeWaits[0] = nil
+		s.timeWaits = s.timeWaits[1:]
+		timeWaitTimerExpired(oldest.ep)
+		oldest.drop()
+	}
+}
+
+// drop forgets the flow.
+func (f *Flow) drop() {
+	if f.stack.flows[f.key] == f {
+		delete(f.stack.flows, f.key)
+	}
+	if f.over {
+		f.queue.EventUnregister(&f.entry)
+		f.notify = nil
+	}
+	f.release()
+}
+
+// release gives the flow's share of the budgets back.
+func (f *Flow) release() {
+	if f.released {
+		return
+	}
+	f.released = true
+	f.stack.unreserve(f.size)
+	f.stack.counters.flows.Add(-1)
+}
+
+// flowError translates gVisor's error into the ones the rest understands:
+// splice.ErrReset, or a syscall.Errno.
+func flowError(op string, err tcpip.Error) error {
+	var e error
+	switch err.(type) {
+	case *tcpip.ErrConnectionReset, *tcpip.ErrConnectionAborted, *tcpip.ErrAborted, *tcpip.ErrClosedForSend:
+		e = splice.ErrReset
+	case *tcpip.ErrConnectionRefused:
+		e = syscall.ECONNREFUSED
+	case *tcpip.ErrTimeout:
+		e = syscall.ETIMEDOUT
+	case *tcpip.ErrHostUnreachable, *tcpip.ErrHostDown:
+		e = syscall.EHOSTUNREACH
+	case *tcpip.ErrNetworkUnreachable, *tcpip.ErrNoNet:
+		e = syscall.ENETUNREACH
+	case *tcpip.ErrPortInUse, *tcpip.ErrBadLocalAddress, *tcpip.ErrNoPortAvailable:
+		e = syscall.EADDRINUSE
+	default:
+		return fmt.Errorf("netstack: %s: %s", op, err)
+	}
+	return fmt.Errorf("netstack: %s: %w", op, e)
+}

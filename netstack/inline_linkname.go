@@ -1,0 +1,74 @@
+package netstack
+
+import (
+	_ "unsafe" // for go:linkname
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+	"gvisor.dev/gvisor/pkg/waiter"
+)
+
+// gVisor hands every segment to a processor goroutine of its own. Half of the
+// CPU of a small request then goes into waking it (design.md section 3). We
+// own every accept and dial, so the reader knows the endpoint a segment is
+// for, holds its user lock over the batch, which makes gVisor queue the
+// segment only, and then does what the processor would have done. The
+// functions below are not exported; inline_test.go hashes the source of what
+// finish mirrors, so that an upgrade of gVisor fails loudly.
+
+//go:linkname handleSegmentsLocked gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).handleSegmentsLocked
+func handleSegmentsLocked(e *tcp.Endpoint) tcpip.Error
+
+//go:linkname resetConnectionLocked gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).resetConnectionLocked
+func resetConnectionLocked(e *tcp.Endpoint, err tcpip.Error)
+
+//go:linkname drainClosingSegmentQueue gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).drainClosingSegmentQueue
+func drainClosingSegmentQueue(e *tcp.Endpoint)
+
+//go:linkname startTimeWait gvisor.dev/gvisor/pkg/tcpip/transport/tcp.startTimeWait
+func startTimeWait(e *tcp.Endpoint)
+
+//go:linkname timeWaitTimerExpired gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).timeWaitTimerExpired
+func timeWaitTimerExpired(e *tcp.Endpoint)
+
+const allEvents = waiter.EventHUp | waiter.EventErr | waiter.ReadableEvents | waiter.WritableEvents
+
+// finish handles what the batch queued for e, whose user lock the caller
+// holds, and gives the lock back. It is handleConnected of gVisor's
+// dispatcher.go, but for the pod leg: local says that the peer is the pod's
+// own kernel, which is in order and loses nothing, and which reuses a source
+// port at once; a TIME_WAIT there would swallow its SYN.
+func finish(e *tcp.Endpoint, wq *waiter.Queue, local bool) {
+	if !isConnected(e.EndpointState()) {
+		e.UnlockUser()
+		return
+	}
+	err := handleSegmentsLocked(e)
+	if err != nil {
+		resetConnectionLocked(e, err)
+	}
+	switch state := e.EndpointState(); {
+	case err != nil || state == tcp.StateClose:
+		e.UnlockUser()
+		drainClosingSegmentQueue(e)
+		wq.Notify(allEvents)
+	case state == tcp.StateTimeWait && local:
+		e.UnlockUser()
+		timeWaitTimerExpired(e)
+	case state == tcp.StateTimeWait:
+		startTimeWait(e)
+		e.UnlockUser()
+	default:
+		e.UnlockUser()
+	}
+}
+
+// isConnected is what gVisor's EndpointState.connected says of the states
+// that handleConnected takes.
+func isConnected(s tcp.EndpointState) bool {
+	switch s {
+	case tcp.StateEstablished, tcp.StateFinWait1, tcp.StateFinWait2, tcp.StateClosing, tcp.StateCloseWait, tcp.StateLastAck:
+		return true
+	}
+	return false
+}

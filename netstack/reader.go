@@ -1,0 +1,161 @@
+package netstack
+
+import (
+	"fmt"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/buffer"
+
+	"github.com/ztun/ztun/tun"
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+// ladder are the sizes of the buffers a packet is read into, in order, in
+// bytes. A small packet takes a small buffer, a super-segment all of them;
+// the buffers that were filled become the packet.
+var ladder = [...]int{headRoom, 1 << 10, 4 << 10, 16 << 10, 64 << 10}
+
+// A reader is one thread that owns many pods. It is their Loop.
+type reader struct {
+	// Set by newReader, read-only after.
+	engine *Engine
+	index  int
+	epfd   int
+	evfd   int
+	done   chan struct{}
+
+	pods     atomic.Int64 // stacks, for leastLoaded
+	sleeping atomic.Bool  // about to wait, or waiting
+
+	// mu guards the fields below.
+	mu     sync.Mutex
+	closed bool
+	posted []func()
+	wakers []waker
+
+	// Owned by run.
+	sparePosted []func()
+	spareWakers []waker
+	soon, last  tasks
+	stacks      map[int]*Stack // by descriptor
+	scratch     []byte
+	views       [len(ladder)]*buffer.View
+	vector      tun.Vector
+	started     bool // this pass started a goroutine
+	events      [64]unix.EpollEvent
+	lastPacket  time.Time
+	locked      []*Flow // flows whose endpoint lock the batch holds
+}
+
+func newReader(e *Engine, index int) (*reader, error) {
+	epfd, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("netstack: epoll: %w", err)
+	}
+	evfd, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err != nil {
+		unix.Close(epfd)
+		return nil, fmt.Errorf("netstack: eventfd: %w", err)
+	}
+	r := &reader{
+		engine: e, index: index, epfd: epfd, evfd: evfd,
+		done:    make(chan struct{}),
+		stacks:  map[int]*Stack{},
+		scratch: make([]byte, splice.ScratchSize),
+	}
+	if err := r.watch(evfd); err != nil {
+		unix.Close(epfd)
+		unix.Close(evfd)
+		return nil, err
+	}
+	return r, nil
+}
+
+func (r *reader) watch(fd int) error {
+	ev := unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(fd)}
+	if err := unix.EpollCtl(r.epfd, unix.EPOLL_CTL_ADD, fd, &ev); err != nil {
+		return fmt.Errorf("netstack: epoll: %w", err)
+	}
+	return nil
+}
+
+// run is the reader's thread.
+func (r *reader) run() {
+	runtime.LockOSThread()
+	defer r.end()
+	for {
+		n := r.wait()
+		if r.isClosed() {
+			return
+		}
+		for i := range n {
+			fd := int(r.events[i].Fd)
+			if fd == r.evfd {
+				r.drainWakeups()
+			} else if s := r.stacks[fd]; s != nil {
+				s.turn()
+			}
+		}
+		r.pass()
+	}
+}
+
+// add starts to read s. It runs on the loop.
+func (r *reader) add(s *Stack) error {
+	s.drain()
+	if err := r.watch(s.dev.FD()); err != nil {
+		return err
+	}
+	r.stacks[s.dev.FD()] = s
+	return s.listen()
+}
+
+// remove stops reading s. It runs on the loop.
+func (r *reader) remove(s *Stack) {
+	fd := s.dev.FD()
+	if r.stacks[fd] != s {
+		return
+	}
+	delete(r.stacks, fd)
+	r.pods.Add(-1)
+	// The descriptor may be shared with another process: closing it alone
+	// would leave it in the set.
+	unix.EpollCtl(r.epfd, unix.EPOLL_CTL_DEL, fd, nil)
+}
+
+func (r *reader) isClosed() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.closed
+}
+
+// close makes run return.
+func (r *reader) close() {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.signal()
+}
+
+// end runs when the thread leaves its loop.
+func (r *reader) end() {
+	for _, s := range r.stacks {
+		s.closeOnLoop()
+	}
+	close(r.done)
+	for _, v := range r.views {
+		if v != nil {
+			v.Release()
+		}
+	}
+	unix.Close(r.epfd)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	unix.Close(r.evfd)
+	r.evfd = -1
+	r.posted, r.wakers = nil, nil
+}

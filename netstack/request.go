@@ -1,0 +1,299 @@
+package netstack
+
+import (
+	"encoding/binary"
+	"errors"
+	"net/netip"
+	"syscall"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+// A Request is a SYN that has not been answered. Exactly one of Accept or
+// Refuse must be called, on the loop; a Request that is left alone is dropped
+// after Limits.Withheld, and calls after that do nothing but fail.
+type Request struct {
+	stack *Stack
+	key   tuple
+	id    stack.TransportEndpointID
+	pkt   *stack.PacketBuffer // the SYN
+	head  []byte              // its first bytes, for ICMP
+	seq   uint32
+	in    bool // to the pod
+	over  bool // accepted, refused or dropped
+	stop  func()
+
+	// Set by Accept.
+	flow *Flow
+	done func(splice.End, error)
+}
+
+// Src is who opens the connection, Dst whom it dialled.
+func (r *Request) Src() netip.AddrPort { return r.key.source() }
+func (r *Request) Dst() netip.AddrPort { return r.key.destination() }
+
+// Inbound says that the connection comes to the pod, in plaintext.
+func (r *Request) Inbound() bool { return r.in }
+
+// handleSegment is gVisor's question what to do with a segment of no known
+// endpoint. It runs on the reader, within a batch: a SYN is only noted here.
+// Whatever else is stray gets a RST from gVisor: after a crash of the proxy
+// the app's bytes must neither hang nor leave as plaintext.
+func (s *Stack) handleSegment(id stack.TransportEndpointID, pkt *stack.PacketBuffer) bool {
+	h := header.TCP(pkt.TransportHeader().Slice())
+	if len(h) < tcpHeaderMin || h[13]&(flagSYN|flagACK|flagRST) != flagSYN {
+		s.counters.stray.Add(1)
+		return false
+	}
+	key := tupleOf(addrPortOf(id.RemoteAddress, id.RemotePort), addrPortOf(id.LocalAddress, id.LocalPort))
+	if s.pending[key] != nil {
+		return true // the app repeats its SYN
+	}
+	if !pkt.RXChecksumValidated && !synChecksumOK(id, h, pkt) {
+		s.counters.badChecksum.Add(1)
+		return true
+	}
+	in := s.isPod(key.dst)
+	if !s.admit(key, in) {
+		s.counters.limitPending.Add(1)
+		return true
+	}
+	r := &Request{stack: s, key: key, id: id, in: in, seq: binary.BigEndian.Uint32(h[4:])}
+	network := pkt.NetworkHeader().Slice()
+	r.head = append(append(r.head, network...), h[:8]...)
+	r.pkt = pkt.Clone()
+	s.hold(r)
+	s.asked = append(s.asked, r)
+	s.reader.Soon(&s.askTask)
+	return true
+}
+
+func synChecksumOK(id stack.TransportEndpointID, h header.TCP, pkt *stack.PacketBuffer) bool {
+	return h.IsChecksumValid(id.RemoteAddress, id.LocalAddress, pkt.Data().Checksum(), uint16(pkt.Data().Size()))
+}
+
+// admit checks the limits of pending requests.
+func (s *Stack) admit(key tuple, in bool) bool {
+	if !in {
+		return len(s.pending)-s.inbound < s.limits.PendingOutbound
+	}
+	return s.inbound < s.limits.PendingInbound && s.perSource[key.src] < s.limits.PendingPerSource
+}
+
+func (s *Stack) hold(r *Request) {
+	s.pending[r.key] = r
+	s.counters.pending.Add(1)
+	if r.in {
+		s.inbound++
+		s.perSource[r.key.src]++
+	}
+	r.stop = s.reader.AfterFunc(s.limits.Withheld, func() {
+		s.counters.expired.Add(1)
+		r.drop()
+	})
+}
+
+// unhold takes r out of the pending ones.
+func (s *Stack) unhold(r *Request) {
+	if s.pending[r.key] != r {
+		return
+	}
+	delete(s.pending, r.key)
+	s.counters.pending.Add(-1)
+	r.stop()
+	if r.in {
+		s.inbound--
+		if s.perSource[r.key.src]--; s.perSource[r.key.src] == 0 {
+			delete(s.perSource, r.key.src)
+		}
+	}
+}
+
+// ask hands the batch's SYNs to the Handler.
+func (s *Stack) ask() {
+	for len(s.asked) > 0 {
+		asked := s.asked
+		s.asked = nil
+		for _, r := range asked {
+			if !r.over {
+				s.handler.HandleTCP(r)
+			}
+		}
+	}
+}
+
+// drop forgets the request without an answer.
+func (r *Request) drop() {
+	if r.over {
+		return
+	}
+	r.over = true
+	r.pkt.DecRef()
+	r.stack.unhold(r)
+}
+
+// Refuse answers the SYN as why says.
+func (r *Request) Refuse(why Refusal) {
+	if r.over {
+		return
+	}
+	from, to := r.Dst(), r.Src()
+	s := r.stack
+	switch why {
+	case RefuseReset:
+		s.inject(appendRST(nil, from, to, r.seq+1))
+	case RefuseUnreachable, RefuseProhibited:
+		s.inject(appendUnreachable(nil, from.Addr(), to.Addr(), why == RefuseProhibited, r.head))
+	case RefuseSilent:
+	}
+	r.drop()
+}
+
+// inject writes a packet made here.
+func (s *Stack) inject(b []byte) {
+	t := transmits.Get().(*transmit)
+	defer transmits.Put(t)
+	t.Reset(noOffload)
+	t.Append(b)
+	if s.dev.WriteVector(&t.Writer) != nil {
+		s.counters.writeFailed.Add(1)
+		return
+	}
+	s.counters.packetsOut.Add(1)
+	s.counters.bytesOut.Add(uint64(len(b)))
+}
+
+var errLimit = errors.New("netstack: connection limit reached")
+
+// Accept completes the TCP handshake. done is called on the loop, once, with
+// the flow, or with the error that kept it from being established: the app
+// gave up, or a limit was reached (then the app sees a RST). The caller owns
+// the flow.
+func (r *Request) Accept(done func(splice.End, error)) {
+	s := r.stack
+	if r.over {
+		s.reader.Post(func() { done(nil, syscall.ECONNABORTED) })
+		return
+	}
+	size := s.newSize()
+	if size == 0 {
+		r.Refuse(RefuseReset)
+		s.reader.Post(func() { done(nil, errLimit) })
+		return
+	}
+	r.over = true
+	r.stop()
+	r.done = done
+	r.flow = s.newFlow(r.Src(), r.Dst(), size)
+	s.mu.Lock()
+	s.accepting[r.id] = r
+	s.mu.Unlock()
+	// The forwarder starts the goroutine that handshake runs on: gVisor's
+	// passive open waits for the app's ACK.
+	taken := s.fwd.HandlePacket(r.id, r.pkt)
+	s.reader.started = true
+	r.pkt.DecRef()
+	r.pkt = nil
+	if !taken {
+		// The SYN itself is bad, or the forwarder has one of the same tuple.
+		s.counters.badChecksum.Add(1)
+		r.accepted(nil, syscall.ECONNABORTED)
+		return
+	}
+	r.stop = s.reader.AfterFunc(handshakeTimeout, r.abandon)
+}
+
+// newSize takes a share of the budgets for one more flow, or returns 0.
+func (s *Stack) newSize() int64 {
+	if s.closed {
+		return 0
+	}
+	if s.counters.flows.Load() >= int64(s.limits.Connections) {
+		s.counters.limitConnections.Add(1)
+		return 0
+	}
+	size := s.reserve()
+	if size == 0 {
+		s.counters.limitConnections.Add(1)
+	}
+	return size
+}
+
+// handshakeTimeout bounds how long a peer may leave a SYN-ACK unanswered.
+const handshakeTimeout = 4 * time.Second
+
+// abandon ends a handshake that takes too long; handshake then returns.
+func (r *Request) abandon() {
+	proto := networkProtocol(r.Src().Addr())
+	if ep := r.stack.gv.FindTransportEndpoint(proto, tcp.ProtocolNumber, r.id, nicID); ep != nil {
+		ep.Abort()
+	}
+}
+
+// handshake is the forwarder's handler: it runs on a goroutine of its own.
+func (s *Stack) handshake(fr *tcp.ForwarderRequest) {
+	s.mu.Lock()
+	r := s.accepting[fr.ID()]
+	delete(s.accepting, fr.ID())
+	s.mu.Unlock()
+	if r == nil {
+		fr.Complete(true)
+		return
+	}
+	ep, err := fr.CreateEndpoint(&r.flow.wq)
+	fr.Complete(false)
+	s.reader.Post(func() {
+		if err != nil {
+			r.accepted(nil, flowError("accept", err))
+			return
+		}
+		r.accepted(ep.(*tcp.Endpoint), nil)
+	})
+}
+
+// accepted ends Accept, on the loop.
+func (r *Request) accepted(ep *tcp.Endpoint, err error) {
+	s := r.stack
+	r.stop()
+	s.unhold(r)
+	s.mu.Lock()
+	if s.accepting[r.id] == r {
+		delete(s.accepting, r.id)
+	}
+	s.mu.Unlock()
+	f := r.flow
+	if err == nil && s.closed {
+		ep.Abort()
+		err = errClosed
+	}
+	if err != nil {
+		f.release()
+		r.done(nil, err)
+		return
+	}
+	f.ep = ep
+	s.enter(f)
+	r.done(f, nil)
+}
+
+// enter puts an established flow into the table.
+func (s *Stack) enter(f *Flow) {
+	f.establish()
+	s.flows[f.key] = f
+	f.queue.EventRegister(&f.entry)
+}
+
+// keepalive sets what facts/ztunnel.md section 14 has on every data-plane socket.
+func keepalive(ep *tcp.Endpoint) {
+	idle, interval := tcpip.KeepaliveIdleOption(180*time.Second), tcpip.KeepaliveIntervalOption(180*time.Second)
+	ep.SetSockOpt(&idle)
+	ep.SetSockOpt(&interval)
+	ep.SetSockOptInt(tcpip.KeepaliveCountOption, 9)
+	ep.SocketOptions().SetKeepAlive(true)
+}

@@ -1,0 +1,183 @@
+package netstack
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
+	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
+
+	"github.com/ztun/ztun/tun"
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+// nicID is the only interface of every stack.
+const nicID = 1
+
+// timeWait is how long a network leg that closed first stays in TIME_WAIT, as
+// Linux does; the pod leg has none (see finish). Ports are reused before it ends.
+const timeWait = 60 * time.Second
+
+// Stack is the TCP of one pod. It belongs to one reader, its Loop.
+type Stack struct {
+	// Set by newStack, read-only after.
+	cfg     StackConfig
+	limits  Limits
+	handler Handler
+	reader  *reader
+	dev     *tun.Device
+	gv      *stack.Stack
+	link    *link
+	fwd     *tcp.Forwarder
+	addrs   [][16]byte
+
+	counters counters
+
+	// Owned by the loop.
+	flows     map[tuple]*Flow
+	pending   map[tuple]*Request
+	perSource map[[16]byte]int
+	inbound   int // pending inbound requests
+	asked     []*Request
+	askTask   splice.Task
+	bypass    forwarded
+	listeners []*listener
+	reserved  int64
+	timeWaits []*Flow // oldest first
+	closed    bool
+
+	// accepting has the Requests whose handshake gVisor performs. mu guards it.
+	mu        sync.Mutex
+	accepting map[stack.TransportEndpointID]*Request
+}
+
+func newStack(r *reader, dev *tun.Device, cfg StackConfig, h Handler) (*Stack, error) {
+	s := &Stack{
+		cfg: cfg, limits: cfg.Limits.withDefaults(), handler: h, reader: r, dev: dev,
+		flows:     map[tuple]*Flow{},
+		pending:   map[tuple]*Request{},
+		perSource: map[[16]byte]int{},
+		accepting: map[stack.TransportEndpointID]*Request{},
+	}
+	s.askTask.Run = s.ask
+	for _, a := range cfg.Addrs {
+		s.addrs = append(s.addrs, a.As16())
+	}
+	s.bypass.init(cfg.Older)
+	s.link = &link{stack: s}
+	s.gv = stack.New(stack.Options{
+		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
+		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol},
+	})
+	if err := s.configure(); err != nil {
+		s.gv.Destroy()
+		return nil, err
+	}
+	return s, nil
+}
+
+// configure sets the stack up. Handlers come before the interface, and the
+// interface answers for every address, since the peers of both legs are
+// spoken for here.
+func (s *Stack) configure() error {
+	sack := tcpip.TCPSACKEnabled(true)
+	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: firstBuffer, Max: maxBuffer}
+	snd := tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: firstBuffer, Max: maxBuffer}
+	moderate := tcpip.TCPModerateReceiveBufferOption(true)
+	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
+	reuse := tcpip.TCPTimeWaitReuseGlobal
+	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &rcv, &snd, &moderate, &wait, &reuse} {
+		if err := s.gv.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
+			return fmt.Errorf("netstack: option %T: %s", o, err)
+		}
+	}
+	s.fwd = tcp.NewForwarder(s.gv, firstBuffer, s.limits.PendingInbound+s.limits.PendingOutbound, s.handshake)
+	s.gv.SetTransportProtocolHandler(tcp.ProtocolNumber, s.handleSegment)
+	if err := s.gv.CreateNIC(nicID, s.link); err != nil {
+		return fmt.Errorf("netstack: interface: %s", err)
+	}
+	if err := s.gv.SetPromiscuousMode(nicID, true); err != nil {
+		return fmt.Errorf("netstack: promiscuous: %s", err)
+	}
+	if err := s.gv.SetSpoofing(nicID, true); err != nil {
+		return fmt.Errorf("netstack: spoofing: %s", err)
+	}
+	s.gv.SetRouteTable([]tcpip.Route{
+		{Destination: header.IPv4EmptySubnet, NIC: nicID},
+		{Destination: header.IPv6EmptySubnet, NIC: nicID},
+	})
+	return nil
+}
+
+// Loop runs everything of this pod.
+func (s *Stack) Loop() splice.Loop { return s.reader }
+
+// Config is what Add was given.
+func (s *Stack) Config() StackConfig { return s.cfg }
+
+// Close resets every flow, drops every request and gives the device back. It
+// returns when the reader no longer touches the device.
+func (s *Stack) Close() {
+	done := make(chan struct{})
+	s.reader.Post(func() {
+		s.closeOnLoop()
+		close(done)
+	})
+	select {
+	case <-done:
+	case <-s.reader.done:
+	}
+}
+
+func (s *Stack) closeOnLoop() {
+	if s.closed {
+		return
+	}
+	s.closed = true
+	for _, r := range s.pending {
+		r.drop()
+	}
+	for _, f := range s.flows {
+		f.Reset(errClosed)
+	}
+	for _, l := range s.listeners {
+		l.close()
+	}
+	s.reader.remove(s)
+	s.destroy()
+}
+
+// destroy ends gVisor's goroutines, which may take a moment, and then closes
+// the device.
+func (s *Stack) destroy() {
+	s.reader.engine.wg.Go(func() {
+		s.gv.Destroy()
+		s.dev.Close()
+	})
+}
+
+// isPod says that a is one of the pod's addresses.
+func (s *Stack) isPod(a [16]byte) bool { return slices.Contains(s.addrs, a) }
+
+func fullAddress(a netip.AddrPort) tcpip.FullAddress {
+	return tcpip.FullAddress{NIC: nicID, Addr: tcpip.AddrFromSlice(a.Addr().AsSlice()), Port: a.Port()}
+}
+
+func addrPortOf(a tcpip.Address, port uint16) netip.AddrPort {
+	ip, _ := netip.AddrFromSlice(a.AsSlice())
+	return netip.AddrPortFrom(ip, port)
+}
+
+func networkProtocol(a netip.Addr) tcpip.NetworkProtocolNumber {
+	if a.Is4() {
+		return header.IPv4ProtocolNumber
+	}
+	return header.IPv6ProtocolNumber
+}
