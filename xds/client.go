@@ -1,0 +1,244 @@
+package xds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+)
+
+const (
+	minDelay = 10 * time.Millisecond
+	maxDelay = 15 * time.Second
+	// A stream that lived this long was a good one: the next attempt comes at once.
+	goodStream = 10 * time.Second
+)
+
+// A Client keeps one stream to the control plane, see the package.
+type Client struct {
+	// Set by New, read-only after.
+	config Config
+	node   *corev3.Node
+	log    *slog.Logger
+	ready  chan struct{}
+	sleep  func(context.Context, time.Duration) // Replaced in tests.
+
+	counters counters
+
+	// Owned by Run; the subscriptions' counters are atomic.
+	subs    []*subscription
+	streams int // Opened or tried, for the log.
+	isReady bool
+}
+
+// New checks the configuration. Nothing happens before Run.
+func New(config Config) (*Client, error) {
+	config.setDefaults()
+	if err := config.validate(); err != nil {
+		return nil, fmt.Errorf("xds: configuration: %w", err)
+	}
+	node, err := config.Node.proto()
+	if err != nil {
+		return nil, fmt.Errorf("xds: configuration: %w", err)
+	}
+	c := &Client{
+		config: config,
+		node:   node,
+		log:    config.Log,
+		ready:  make(chan struct{}),
+		sleep:  sleep,
+	}
+	for _, s := range config.Subscriptions {
+		c.subs = append(c.subs, newSubscription(s, &c.config.Limits))
+	}
+	return c, nil
+}
+
+// Ready is closed when every subscription has had a response without a
+// rejection. It stays closed.
+func (c *Client) Ready() <-chan struct{} { return c.ready }
+
+// Run keeps a stream until ctx ends, and returns its cause. It must be called
+// once. What the handlers hold survives a lost stream.
+func (c *Client) Run(ctx context.Context) error {
+	delay := minDelay
+	for {
+		c.streams++
+		started := time.Now()
+		end, err := c.stream(ctx)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		c.counters.terminations[end].Add(1)
+		lived := time.Since(started)
+		if delay = min(2*delay, maxDelay); lived >= goodStream && end != ConnectionError {
+			delay = minDelay
+		}
+		c.logEnd(end, err, lived, delay)
+		// Every path comes through here: nothing reconnects without a pause.
+		c.sleep(ctx, delay/2+rand.N(delay/2+1))
+	}
+}
+
+func (c *Client) logEnd(end Termination, err error, lived, delay time.Duration) {
+	level := slog.LevelWarn
+	if end == Reconnect || end == Complete {
+		level = slog.LevelInfo
+	}
+	c.log.Log(context.Background(), level, "stream to the control plane ended",
+		"id", c.streams, "reason", end.String(), slog.Any("error", err), "lived", lived, "retry_within", delay)
+}
+
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// stream opens one stream and serves it until it ends. One goroutine does all
+// of it: each response is applied and answered before the next is read.
+func (c *Client) stream(ctx context.Context) (Termination, error) {
+	conn, err := c.config.connect()
+	if err != nil {
+		return Error, err
+	}
+	defer func() { _ = conn.Close() }()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	ctx, err = c.authorize(ctx)
+	if err != nil {
+		return Error, err
+	}
+	stream, err := discoveryv3.NewAggregatedDiscoveryServiceClient(conn).DeltaAggregatedResources(ctx)
+	if err != nil {
+		return ConnectionError, fmt.Errorf("xds: connect to %s: %w", c.config.Address, err)
+	}
+	c.counters.connected.Store(true)
+	defer c.counters.connected.Store(false)
+	c.log.Info("stream to the control plane opened", "id", c.streams, "address", c.config.Address)
+	err = c.serve(stream)
+	return classify(err), fmt.Errorf("xds: stream: %w", err)
+}
+
+// authorize adds what every request carries.
+func (c *Client) authorize(ctx context.Context) (context.Context, error) {
+	md := metadata.MD{}
+	for _, h := range c.config.Headers {
+		md.Append(h[0], h[1])
+	}
+	if c.config.Token != nil {
+		token, err := c.config.Token()
+		if err != nil {
+			return nil, err
+		}
+		if err := checkHeader("authorization", token); err != nil {
+			return nil, errors.New("xds: token is not printable ASCII")
+		}
+		md.Set("authorization", "Bearer "+token)
+		md.Set("clusterid", c.config.ClusterID)
+	}
+	return metadata.NewOutgoingContext(ctx, md), nil
+}
+
+type deltaStream = discoveryv3.AggregatedDiscoveryService_DeltaAggregatedResourcesClient
+
+func (c *Client) serve(stream deltaStream) error {
+	for _, sub := range c.subs {
+		req := sub.initial()
+		req.Node = c.node
+		if err := send(stream, req); err != nil {
+			return err
+		}
+	}
+	for {
+		resp, err := stream.Recv()
+		if err != nil {
+			return err
+		}
+		if err := send(stream, c.handle(resp)); err != nil {
+			return err
+		}
+	}
+}
+
+// send returns the stream's status where gRPC's Send only says io.EOF.
+func send(stream deltaStream, req *discoveryv3.DeltaDiscoveryRequest) error {
+	err := stream.Send(req)
+	for errors.Is(err, io.EOF) {
+		if _, err := stream.Recv(); err != nil {
+			return err
+		}
+	}
+	return err
+}
+
+// handle applies one response and returns the ACK or NACK for it.
+func (c *Client) handle(resp *discoveryv3.DeltaDiscoveryResponse) *discoveryv3.DeltaDiscoveryRequest {
+	reply := &discoveryv3.DeltaDiscoveryRequest{TypeUrl: resp.GetTypeUrl(), ResponseNonce: resp.GetNonce()}
+	sub := c.subscription(resp.GetTypeUrl())
+	if sub == nil {
+		c.counters.unknown.Add(1)
+		c.log.Error("response of a type that was not asked for", "type", fmt.Sprintf("%.128s", resp.GetTypeUrl()))
+		return reply
+	}
+	rejected := sub.apply(resp)
+	if len(rejected) > 0 {
+		reply.ErrorDetail = nack(rejected)
+		c.log.Warn("resources rejected", "type", sub.Type, "count", len(rejected), "detail", reply.ErrorDetail.GetMessage())
+	}
+	c.checkReady()
+	return reply
+}
+
+func (c *Client) subscription(typeURL string) *subscription {
+	for _, s := range c.subs {
+		if s.Type == typeURL {
+			return s
+		}
+	}
+	return nil
+}
+
+func (c *Client) checkReady() {
+	if c.isReady {
+		return
+	}
+	for _, s := range c.subs {
+		if !s.warm {
+			return
+		}
+	}
+	c.isReady = true
+	close(c.ready)
+}
+
+func classify(err error) Termination {
+	if errors.Is(err, io.EOF) {
+		return Complete
+	}
+	s := status.Convert(err)
+	switch s.Code() {
+	case codes.Unknown, codes.Canceled, codes.DeadlineExceeded:
+		return Reconnect
+	case codes.Unavailable:
+		for _, text := range []string{"transport is closing", "received prior goaway"} {
+			if strings.Contains(s.Message(), text) {
+				return Reconnect
+			}
+		}
+	}
+	return Error
+}
