@@ -365,6 +365,7 @@ type conn struct {
 	cert    *certs.Certificate
 	peer    identity.ID
 	used    time.Time // when a stream was last opened, or seen open
+	proven  bool      // has answered a CONNECT
 	retired bool      // opens no more streams
 }
 
@@ -483,13 +484,14 @@ func (w *waiter) answered(r h2.Response, err error) {
 	}
 	if err != nil {
 		w.abandon()
-		if errors.Is(err, h2.ErrNotProcessed) && !w.retried && !w.pool.closed {
+		if w.mayRetry(err) {
 			w.retry()
 			return
 		}
 		w.finish(nil, &ConnectError{StageAnswer, err})
 		return
 	}
+	w.conn.proven = true
 	if r.Status != 200 {
 		w.abandon()
 		w.finish(nil, &StatusError{Status: r.Status, Proxy: ParseProxyStatus(r.Header(HeaderProxyStatus))})
@@ -504,8 +506,18 @@ func (w *waiter) answered(r h2.Response, err error) {
 	w.finish(t, nil)
 }
 
-// retry asks once more on another connection: the peer has not acted on the
-// first request.
+// mayRetry reports whether the CONNECT may be sent once more: the peer says
+// that it has not acted on it, or the connection had been used before and
+// broke, which is how one finds out that a peer has restarted. No byte of the
+// app has been sent.
+func (w *waiter) mayRetry(err error) bool {
+	if w.retried || w.pool.closed {
+		return false
+	}
+	return errors.Is(err, h2.ErrNotProcessed) || w.conn.proven && errors.Is(err, h2.ErrConnLost)
+}
+
+// retry asks once more on another connection.
 func (w *waiter) retry() {
 	p := w.pool
 	w.retried = true

@@ -3,6 +3,7 @@ package hbone
 import (
 	"crypto/tls"
 	"errors"
+	"io"
 	"net/netip"
 	"sync/atomic"
 
@@ -265,10 +266,26 @@ func (in *Incoming) Trace() Trace {
 	return NewTrace()
 }
 
-// Accept answers 200 with a baggage header that describes the destination, and
-// returns the stream, which the caller owns from then on.
-func (in *Incoming) Accept(baggage string) (splice.End, error) {
-	r := h2.Response{Status: 200, Headers: []h2.Header{{Name: HeaderBaggage, Value: baggage}}}
+// Watch calls gone if the client gives up before it has been answered.
+func (in *Incoming) Watch(gone func(error)) {
+	in.stream.Notify(func() {
+		// Reading into nothing takes no data and finds the error, if any. The
+		// client may well have said all it has to say.
+		if _, err := in.stream.Read(nil); err != io.EOF && !errors.Is(err, splice.ErrAgain) {
+			gone(err)
+		}
+	})
+}
+
+// Accept answers 200, with a baggage header that describes the destination if
+// baggage is not nil, and returns the stream, which the caller owns from then
+// on.
+func (in *Incoming) Accept(baggage *string) (splice.End, error) {
+	r := h2.Response{Status: 200}
+	if baggage != nil {
+		r.Headers = []h2.Header{{Name: HeaderBaggage, Value: *baggage}}
+	}
+	in.stream.Notify(nil)
 	if err := in.stream.Respond(r); err != nil {
 		in.stream.Close()
 		return nil, err
