@@ -1,0 +1,450 @@
+package zds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"math/rand/v2"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+const (
+	// exchange bounds each message and each answer, on both sides.
+	exchange = 5 * time.Second
+	// startRetry is how often a pod that could not be started is tried again.
+	startRetry = 5 * time.Second
+	// maxPods bounds what one agent can make a proxy hold.
+	maxPods = 4096
+
+	connectBackoffMin  = 20 * time.Millisecond
+	announceBackoffMin = 500 * time.Millisecond
+	backoffMax         = 15 * time.Second
+)
+
+// A Starter runs the proxies of pods. Its methods are called by one goroutine
+// at a time and must return within a few seconds.
+type Starter interface {
+	// Start serves a pod on its device, which it owns from now on, also when
+	// it fails.
+	Start(w Workload, device *os.File) (Proxy, error)
+}
+
+// A Proxy serves one pod.
+type Proxy interface {
+	// Stop cuts what the pod has open, and returns once nobody reads the
+	// device any more. It closes the device.
+	Stop()
+}
+
+// ClientConfig is what a Client needs. The zero value of a field is the
+// default named on it.
+type ClientConfig struct {
+	Socket  string // Where the agent listens. Required.
+	Starter Starter
+	// Ready is told whether every pod of a complete snapshot is served. It
+	// starts as not ready. Nil: nobody is told.
+	Ready func(bool)
+	// Log. Nil: nothing is logged.
+	Log *slog.Logger
+}
+
+// A Client keeps the proxies of a node's pods as the node agent wants them.
+// They go on while the agent is away.
+type Client struct {
+	cfg   ClientConfig
+	retry time.Duration // startRetry, or what tests say.
+
+	// Owned by Run.
+	live     bool                // Between hello and the end of a connection.
+	snapshot map[string]struct{} // UIDs named since the hello; nil after the snapshot.
+	ready    bool
+	retryAt  time.Time
+
+	// mu guards the fields below. Only Run changes them.
+	mu      sync.Mutex
+	running map[string]runningPod
+	pending map[string]pendingPod
+	stats   ClientStats
+}
+
+type runningPod struct {
+	workload Workload
+	proxy    Proxy
+}
+
+// pendingPod could not be started, and is tried again while we are connected.
+type pendingPod struct {
+	workload Workload
+	device   *os.File
+	err      error
+}
+
+// ClientStats counts over the life of a Client.
+type ClientStats struct {
+	Active, Pending  int
+	Started, Stopped uint64
+	Connections      uint64 // With an agent that took our hello.
+	ProtocolErrors   uint64
+}
+
+// PodStatus tells of one pod.
+type PodStatus struct {
+	Workload Workload
+	Proxy    Proxy // nil while pending.
+	Err      error // Why it is pending.
+}
+
+// NewClient makes a client. Run starts it.
+func NewClient(cfg ClientConfig) *Client {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Ready == nil {
+		cfg.Ready = func(bool) {}
+	}
+	return &Client{cfg: cfg, retry: startRetry, running: map[string]runningPod{}, pending: map[string]pendingPod{}}
+}
+
+// Stats returns the counts as they are now.
+func (c *Client) Stats() ClientStats {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.stats
+	s.Active, s.Pending = len(c.running), len(c.pending)
+	return s
+}
+
+// Pods tells of every pod, in the order of their UIDs.
+func (c *Client) Pods() []PodStatus {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var out []PodStatus
+	for uid, p := range c.pending {
+		if _, ok := c.running[uid]; !ok {
+			out = append(out, PodStatus{Workload: p.workload, Err: p.err})
+		}
+	}
+	for _, p := range c.running {
+		out = append(out, PodStatus{Workload: p.workload, Proxy: p.proxy})
+	}
+	slices.SortFunc(out, func(a, b PodStatus) int { return strings.Compare(a.Workload.UID, b.Workload.UID) })
+	return out
+}
+
+// Run connects to the agent, again whenever the connection is lost, and obeys
+// it until ctx ends. The pods that are running then are the caller's to stop;
+// Pods names them.
+func (c *Client) Run(ctx context.Context) error {
+	connect, announce := backoff{min: connectBackoffMin}, backoff{min: announceBackoffMin}
+	defer c.dropPending()
+	for ctx.Err() == nil {
+		var d net.Dialer
+		conn, err := d.DialContext(ctx, "unixpacket", c.cfg.Socket)
+		if err != nil {
+			if connect.waits() == 1 && ctx.Err() == nil {
+				c.cfg.Log.Warn("node agent cannot be reached; trying on", "socket", c.cfg.Socket, "error", err)
+			}
+			connect.wait(ctx)
+			continue
+		}
+		connect.reset()
+		wasReady, err := c.serve(ctx, conn.(*net.UnixConn))
+		if ctx.Err() != nil {
+			break
+		}
+		c.cfg.Log.Warn("connection to the node agent ended; pods go on as they are", "error", err)
+		if wasReady {
+			announce.reset()
+			continue
+		}
+		announce.wait(ctx) // An agent that hangs up at once is not asked in a loop.
+	}
+	return context.Cause(ctx)
+}
+
+// serve runs one connection. It returns whether the snapshot was complete.
+func (c *Client) serve(ctx context.Context, conn *net.UnixConn) (complete bool, err error) {
+	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
+	defer stop()
+	defer conn.Close()
+
+	hello, err := encodeHello()
+	if err != nil {
+		return false, err
+	}
+	if err := send(conn, hello, nil, time.Now().Add(exchange)); err != nil {
+		return false, fmt.Errorf("zds: announce: %w", err)
+	}
+	c.begin()
+	defer c.end()
+	buf := make([]byte, maxPacket)
+	for {
+		msg, file, err := c.next(conn, buf)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			c.retryPending()
+			continue
+		case errors.Is(err, io.EOF), errors.Is(err, net.ErrClosed):
+			return c.snapshot == nil, io.EOF
+		case errors.Is(err, errTruncated), errors.Is(err, errFiles):
+			return false, c.protocolError(conn, err)
+		case err != nil:
+			return c.snapshot == nil, fmt.Errorf("zds: read: %w", err)
+		}
+		req, err := decodeRequest(msg)
+		if err == nil {
+			err = c.check(req, file)
+		}
+		if err != nil {
+			if file != nil {
+				_ = file.Close()
+			}
+			return false, c.protocolError(conn, err)
+		}
+		if err := reply(conn, c.obey(req, file)); err != nil {
+			return c.snapshot == nil, err
+		}
+		c.tellReady()
+	}
+}
+
+// next reads one message; while pods are pending, no longer than until they
+// are to be tried again.
+func (c *Client) next(conn *net.UnixConn, buf []byte) ([]byte, *os.File, error) {
+	deadline := time.Time{}
+	if len(c.pending) > 0 {
+		deadline = c.retryAt
+	}
+	if err := conn.SetReadDeadline(deadline); err != nil {
+		return nil, nil, err
+	}
+	return receive(conn, buf)
+}
+
+func reply(conn *net.UnixConn, problem error) error {
+	text := ""
+	if problem != nil {
+		text = problem.Error()
+	}
+	msg, err := encodeResponse(text)
+	if err == nil {
+		err = send(conn, msg, nil, time.Now().Add(exchange))
+	}
+	if err != nil {
+		return fmt.Errorf("zds: answer: %w", err)
+	}
+	return nil
+}
+
+// protocolError answers with what is wrong. The caller closes the connection:
+// a new one starts from a clean slate, and the pods never notice.
+func (c *Client) protocolError(conn *net.UnixConn, problem error) error {
+	c.mu.Lock()
+	c.stats.ProtocolErrors++
+	c.mu.Unlock()
+	_ = reply(conn, problem)
+	return problem
+}
+
+// begin forgets what an earlier connection said; running pods stay.
+func (c *Client) begin() {
+	c.dropPending()
+	c.snapshot = map[string]struct{}{}
+	c.live = true
+	c.mu.Lock()
+	c.stats.Connections++
+	c.mu.Unlock()
+	c.tellReady()
+}
+
+func (c *Client) end() {
+	c.live = false
+	c.tellReady()
+}
+
+func (c *Client) tellReady() {
+	ready := c.live && c.snapshot == nil && len(c.pending) == 0
+	if ready != c.ready {
+		c.ready = ready
+		c.cfg.Ready(ready)
+	}
+}
+
+// check finds what breaks the protocol before anything is done.
+func (c *Client) check(r request, file *os.File) error {
+	switch {
+	case r.kind == kindAdd && file == nil:
+		return errors.New("zds: add without a descriptor")
+	case r.kind != kindAdd && file != nil:
+		return fmt.Errorf("zds: %v with a descriptor", r.kind)
+	case c.snapshot == nil && (r.kind == kindKeep || r.kind == kindSnapshotSent):
+		return fmt.Errorf("zds: %v after the snapshot", r.kind)
+	}
+	return nil
+}
+
+// obey does what a request asks. An error is for the agent; the connection
+// stays.
+func (c *Client) obey(r request, file *os.File) error {
+	uid := r.workload.UID
+	switch r.kind {
+	case kindAdd:
+		if len(c.running)+len(c.pending) >= maxPods && !c.knows(uid) {
+			_ = file.Close()
+			return fmt.Errorf("zds: more than %d pods", maxPods)
+		}
+		c.name(uid)
+		return c.add(r.workload, file)
+	case kindKeep:
+		c.name(uid)
+	case kindDel:
+		delete(c.snapshot, uid)
+		c.forgetPending(uid)
+		if c.snapshot == nil {
+			c.stop(uid)
+		} // Else the end of the snapshot stops it.
+	case kindSnapshotSent:
+		for uid := range c.running {
+			if _, ok := c.snapshot[uid]; !ok {
+				c.stop(uid)
+			}
+		}
+		c.snapshot = nil
+	}
+	return nil
+}
+
+func (c *Client) knows(uid string) bool {
+	_, running := c.running[uid]
+	_, pending := c.pending[uid]
+	return running || pending
+}
+
+// name puts uid into the snapshot, while there is one.
+func (c *Client) name(uid string) {
+	if c.snapshot != nil {
+		c.snapshot[uid] = struct{}{}
+	}
+}
+
+// add starts w unless it runs as described. It owns device.
+func (c *Client) add(w Workload, device *os.File) error {
+	if old, ok := c.running[w.UID]; ok {
+		if old.workload.Equal(w) {
+			c.forgetPending(w.UID)
+			return device.Close()
+		}
+		c.stop(w.UID) // Before the new one: a device has one reader.
+	}
+	keep, err := dup(device)
+	if err != nil {
+		_ = device.Close()
+		return err
+	}
+	if err := c.start(w, device); err != nil {
+		c.forgetPending(w.UID)
+		c.setPending(w.UID, pendingPod{workload: w, device: keep, err: err})
+		return fmt.Errorf("failure to start proxy: %w", err)
+	}
+	_ = keep.Close()
+	c.forgetPending(w.UID)
+	return nil
+}
+
+func (c *Client) start(w Workload, device *os.File) error {
+	proxy, err := c.cfg.Starter.Start(w, device)
+	log := c.cfg.Log.With("pod", w.Namespace+"/"+w.Name, "uid", w.UID)
+	if err != nil {
+		log.Warn("pod could not be started; it is tried again", "error", err)
+		return err
+	}
+	log.Info("pod is served")
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.running[w.UID] = runningPod{workload: w, proxy: proxy}
+	c.stats.Started++
+	return nil
+}
+
+func (c *Client) stop(uid string) {
+	p, ok := c.running[uid]
+	if !ok {
+		return
+	}
+	p.proxy.Stop()
+	c.cfg.Log.Info("pod is no longer served", "pod", p.workload.Namespace+"/"+p.workload.Name, "uid", uid)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.running, uid)
+	c.stats.Stopped++
+}
+
+func (c *Client) setPending(uid string, p pendingPod) {
+	if len(c.pending) == 0 {
+		c.retryAt = time.Now().Add(c.retry)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.pending[uid] = p
+}
+
+func (c *Client) forgetPending(uid string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if p, ok := c.pending[uid]; ok {
+		_ = p.device.Close()
+		delete(c.pending, uid)
+	}
+}
+
+func (c *Client) dropPending() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for uid, p := range c.pending {
+		_ = p.device.Close()
+		delete(c.pending, uid)
+	}
+}
+
+// retryPending tries every pending pod once more.
+func (c *Client) retryPending() {
+	c.retryAt = time.Now().Add(c.retry)
+	for _, uid := range slices.Sorted(maps.Keys(c.pending)) {
+		p := c.pending[uid]
+		c.mu.Lock()
+		delete(c.pending, uid)
+		c.mu.Unlock()
+		// An error leaves it pending again.
+		_ = c.add(p.workload, p.device)
+	}
+	c.tellReady()
+}
+
+// backoff doubles from min to backoffMax, with a fifth of jitter.
+type backoff struct {
+	min  time.Duration
+	next time.Duration
+	n    int
+}
+
+func (b *backoff) reset()     { b.next, b.n = 0, 0 }
+func (b *backoff) waits() int { b.n++; return b.n }
+
+func (b *backoff) wait(ctx context.Context) {
+	b.next = min(max(b.next*2, b.min), backoffMax)
+	jitter := 0.8 + 0.4*rand.Float64()
+	t := time.NewTimer(min(time.Duration(float64(b.next)*jitter), backoffMax))
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+	case <-t.C:
+	}
+}

@@ -1,0 +1,364 @@
+package zds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+)
+
+const (
+	// acceptRate bounds new connections, as Istio's agent does.
+	acceptRate = 5 // A second.
+	// maxConns bounds proxies connected at once. An upgrade needs two.
+	maxConns = 16
+	// nackRetry is how often a proxy that refused a pod is asked again: it
+	// tries by itself, but cannot tell us unasked.
+	nackRetry = 5 * time.Second
+)
+
+// ErrNoProxy says that no proxy is connected.
+var ErrNoProxy = errors.New("zds: no proxy connection")
+
+// ServerConfig is what a Server needs. The zero value of a field is the
+// default named on it.
+type ServerConfig struct {
+	// Log. Nil: nothing is logged.
+	Log *slog.Logger
+}
+
+// A Server tells the node's proxies which pods there are.
+//
+// A device has one reader at a time. The Server gives it to the proxy that
+// connected last, and to another only once the first has ended (its process,
+// not its connection, which may come back) or has acknowledged a Del. A proxy
+// that connects meanwhile is told to Keep the pod, which it may not know.
+//
+// It holds every descriptor itself for as long as the pod is set. So a device
+// stays open when a proxy dies, and the next proxy gets the same open device.
+type Server struct {
+	cfg ServerConfig
+	// peer says which process is at the other end; tests have their own.
+	peer  func(*net.UnixConn) (*process, error)
+	retry time.Duration  // nackRetry, or what tests say.
+	wg    sync.WaitGroup // Connections and waits for processes.
+
+	// mu guards the fields below.
+	mu      sync.Mutex
+	closed  bool
+	conns   []*serverConn // In the order they came; the last is the latest.
+	procs   []*process    // Those that have connected and not ended.
+	pods    map[string]*serverPod
+	serial  uint64        // Of the last Set.
+	changed chan struct{} // Closed and replaced at each change.
+}
+
+// serverPod is one pod that is set.
+type serverPod struct {
+	workload Workload
+	device   *os.File // nil: a proxy holds the only descriptor.
+	serial   uint64   // Grows with each Set.
+
+	reader *process // Who may be reading device; nil: nobody.
+	acked  uint64   // The serial that the reader took.
+	nack   string   // Why it did not take this serial.
+}
+
+// NewServer makes a server. Serve starts it.
+func NewServer(cfg ServerConfig) *Server {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Server{cfg: cfg, peer: peerProcess, retry: nackRetry, pods: map[string]*serverPod{}, changed: make(chan struct{})}
+}
+
+// Set wants the pod served as described. The Server owns device from now on;
+// it is nil when the pod's proxy already has the only descriptor, and the pod
+// is to be kept. Set does not wait: State tells what came of it.
+func (s *Server) Set(w Workload, device *os.File) error {
+	if _, err := encodeRequest(request{kind: kindAdd, workload: w}); err != nil {
+		if device != nil {
+			_ = device.Close()
+		}
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		if device != nil {
+			_ = device.Close()
+		}
+		return net.ErrClosed
+	}
+	p := s.pods[w.UID]
+	if p == nil {
+		p = &serverPod{}
+		s.pods[w.UID] = p
+	}
+	if p.device != nil {
+		_ = p.device.Close()
+	}
+	s.serial++
+	p.workload, p.device, p.serial, p.nack = w, device, s.serial, ""
+	s.markLocked(w.UID)
+	return nil
+}
+
+// Update says something else of a pod whose device stays as it is. It reports
+// whether the pod is set with a device that the Server holds.
+func (s *Server) Update(w Workload) (bool, error) {
+	if _, err := encodeRequest(request{kind: kindAdd, workload: w}); err != nil {
+		return false, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.pods[w.UID]
+	if p == nil || p.device == nil {
+		return false, nil
+	}
+	s.serial++
+	p.workload, p.serial, p.nack = w, s.serial, ""
+	s.markLocked(w.UID)
+	return true, nil
+}
+
+// Delete tells every proxy that the pod is gone, and waits until all that are
+// connected have acknowledged it or ctx ends. The Server closes its
+// descriptor. An unknown uid is no error.
+func (s *Server) Delete(ctx context.Context, uid string) error {
+	s.mu.Lock()
+	if p := s.pods[uid]; p != nil {
+		if p.device != nil {
+			_ = p.device.Close()
+		}
+		delete(s.pods, uid)
+		s.markLocked(uid)
+	}
+	for {
+		told := slices.ContainsFunc(s.conns, func(c *serverConn) bool { return c.knowsLocked(uid) })
+		_, again := s.pods[uid]
+		changed := s.changed
+		s.mu.Unlock()
+		if !told || again {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("zds: delete %s: %w", uid, context.Cause(ctx))
+		case <-changed:
+		}
+		s.mu.Lock()
+	}
+}
+
+// State is what a Server knows of one pod.
+type State struct {
+	Set    bool // The pod is set.
+	Device bool // The Server holds its device.
+	Served bool // A proxy took it as last described.
+	Reader int  // The PID of the proxy that may read the device; 0: none, or not visible.
+	Err    error
+}
+
+// State tells how it stands with a pod. Err is ErrNoProxy, the reason of a
+// proxy that refused it, or nil.
+func (s *Server) State(uid string) State {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.pods[uid]
+	if p == nil {
+		return State{}
+	}
+	st := State{Set: true, Device: p.device != nil}
+	if p.reader != nil {
+		st.Reader = p.reader.pid
+		st.Served = p.acked == p.serial
+	}
+	if p.device == nil {
+		st.Served = slices.ContainsFunc(s.conns, func(c *serverConn) bool { return c.knowsLocked(uid) })
+	}
+	switch {
+	case p.nack != "":
+		st.Err = fmt.Errorf("zds: proxy refused: %s", p.nack)
+	case !st.Served && len(s.conns) == 0:
+		st.Err = ErrNoProxy
+	}
+	return st
+}
+
+// Proxies is how many proxies are connected.
+func (s *Server) Proxies() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.conns)
+}
+
+// Serve accepts proxies until ctx ends, and returns when every connection is
+// closed. It owns l. A Server serves once.
+func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	defer s.shutDown()
+	defer cancel()
+	defer stop()
+	defer l.Close()
+	limiter := rate.NewLimiter(acceptRate, acceptRate)
+	for {
+		conn, err := l.AcceptUnix()
+		if ctx.Err() != nil {
+			if err == nil {
+				_ = conn.Close()
+			}
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			if errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("zds: accept: %w", err)
+			}
+			s.cfg.Log.Error("accepting a proxy", "error", err) // Out of descriptors, for one.
+		} else if c, err := s.admit(conn); err != nil {
+			s.cfg.Log.Warn("proxy turned away", "error", err)
+			_ = conn.Close()
+		} else {
+			s.wg.Go(func() { c.run(ctx) })
+		}
+		if err := limiter.Wait(ctx); err != nil {
+			return context.Cause(ctx)
+		}
+	}
+}
+
+// shutDown closes what the Server holds. Proxies keep their descriptors.
+func (s *Server) shutDown() {
+	s.mu.Lock()
+	s.closed = true
+	for uid, p := range s.pods {
+		if p.device != nil {
+			_ = p.device.Close()
+		}
+		delete(s.pods, uid)
+	}
+	for _, p := range s.procs {
+		p.close()
+	}
+	s.mu.Unlock()
+	s.wg.Wait()
+}
+
+// admit registers a connection before its hello, so that what changes from
+// now on reaches it.
+func (s *Server) admit(conn *net.UnixConn) (*serverConn, error) {
+	proc, err := s.peer(conn)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed || len(s.conns) >= maxConns {
+		proc.close()
+		return nil, fmt.Errorf("zds: %d proxies are connected", len(s.conns))
+	}
+	proc = s.processLocked(proc)
+	c := newServerConn(s, conn, proc)
+	proc.conns++
+	s.conns = append(s.conns, c)
+	for uid := range s.pods {
+		c.dirty[uid] = struct{}{}
+	}
+	s.changedLocked()
+	return c, nil
+}
+
+// processLocked returns the process that we already know, or watches p.
+func (s *Server) processLocked(p *process) *process {
+	for _, known := range s.procs {
+		if known.same(p) {
+			p.close()
+			return known
+		}
+	}
+	s.procs = append(s.procs, p)
+	if p.pidfd != nil {
+		s.wg.Go(func() { s.watch(p) })
+	}
+	return p
+}
+
+func (s *Server) watch(p *process) {
+	p.wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.endLocked(p)
+}
+
+// endLocked frees what p was reading.
+func (s *Server) endLocked(p *process) {
+	if p.gone {
+		return
+	}
+	p.gone = true
+	p.close()
+	s.procs = slices.DeleteFunc(s.procs, func(o *process) bool { return o == p })
+	for uid, pod := range s.pods {
+		if pod.reader == p {
+			pod.reader, pod.acked, pod.nack = nil, 0, ""
+			s.markLocked(uid)
+		}
+	}
+	s.changedLocked()
+}
+
+// remove forgets a connection that has ended.
+func (s *Server) remove(c *serverConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conns = slices.DeleteFunc(s.conns, func(o *serverConn) bool { return o == c })
+	c.proc.conns--
+	if c.proc.pidfd == nil && c.proc.conns == 0 {
+		// Nothing will tell us of the process' end. Its connection must do.
+		s.endLocked(c.proc)
+	}
+	for uid := range s.pods {
+		s.markLocked(uid) // An older connection may be the latest now.
+	}
+	s.changedLocked()
+}
+
+// markLocked makes every connection look at the pod again.
+func (s *Server) markLocked(uid string) {
+	for _, c := range s.conns {
+		c.markLocked(uid)
+	}
+}
+
+func (s *Server) changedLocked() {
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+// Changed returns a channel that is closed when a proxy has taken or refused a
+// pod, connected, disconnected, or ended. Ask for it before State.
+func (s *Server) Changed() <-chan struct{} {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.changed
+}
+
+// targetLocked is the connection that is to be told of p: one of its reader,
+// who alone may have it, else the latest.
+func (s *Server) targetLocked(p *serverPod) *serverConn {
+	for i := len(s.conns) - 1; i >= 0; i-- {
+		c := s.conns[i]
+		if !c.proc.gone && (p.reader == nil || c.proc == p.reader) {
+			return c
+		}
+	}
+	return nil
+}

@@ -1,0 +1,268 @@
+package zds
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"time"
+)
+
+// A serverConn is one connection. run is its only goroutine but the reader's.
+type serverConn struct {
+	server *Server
+	conn   *net.UnixConn
+	proc   *process
+	log    *slog.Logger
+	wake   chan struct{} // One slot: something is dirty.
+
+	// Guarded by the Server's mu.
+	dirty map[string]struct{} // UIDs to look at.
+	told  map[string]uint64   // UIDs that the proxy knows of, with the serial; 0: keep.
+}
+
+func newServerConn(s *Server, conn *net.UnixConn, proc *process) *serverConn {
+	return &serverConn{
+		server: s, conn: conn, proc: proc,
+		log:   s.cfg.Log.With("proxy_pid", proc.pid),
+		wake:  make(chan struct{}, 1),
+		dirty: map[string]struct{}{}, told: map[string]uint64{},
+	}
+}
+
+func (c *serverConn) markLocked(uid string) {
+	c.dirty[uid] = struct{}{}
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// knowsLocked reports whether the proxy may still have the pod.
+func (c *serverConn) knowsLocked(uid string) bool {
+	_, ok := c.told[uid]
+	return ok
+}
+
+// run talks to one proxy until one of both has enough.
+func (c *serverConn) run(ctx context.Context) {
+	stop := context.AfterFunc(ctx, func() { _ = c.conn.Close() })
+	answers := make(chan answer)
+	done := make(chan struct{})
+	err := func() error {
+		if err := c.hello(); err != nil {
+			return err
+		}
+		_ = c.conn.SetReadDeadline(time.Time{})
+		c.server.wg.Go(func() { c.read(answers, done) })
+		c.log.Info("proxy connected")
+		return c.talk(answers)
+	}()
+	stop()
+	_ = c.conn.Close()
+	close(done)
+	c.server.remove(c)
+	if ctx.Err() == nil {
+		c.log.Warn("connection to proxy ended", "error", err)
+	}
+}
+
+func (c *serverConn) hello() error {
+	if err := c.conn.SetReadDeadline(time.Now().Add(exchange)); err != nil {
+		return err
+	}
+	msg, file, err := receive(c.conn, make([]byte, maxReply))
+	if err != nil {
+		return fmt.Errorf("zds: waiting for hello: %w", err)
+	}
+	if file != nil {
+		_ = file.Close()
+		return errors.New("zds: hello with a descriptor")
+	}
+	return decodeHello(msg)
+}
+
+// answer is what one read came to.
+type answer struct {
+	text string
+	err  error
+}
+
+// read hands over what the proxy sends, one answer at a time. An error is the
+// last. It notices at once when the proxy hangs up.
+func (c *serverConn) read(answers chan<- answer, done <-chan struct{}) {
+	buf := make([]byte, maxReply+maxReply/2)
+	for {
+		var a answer
+		msg, file, err := receive(c.conn, buf)
+		switch {
+		case err != nil:
+			a.err = err
+		case file != nil:
+			_ = file.Close()
+			a.err = errors.New("zds: answer with a descriptor")
+		default:
+			a.text, a.err = decodeResponse(msg)
+		}
+		select {
+		case answers <- a:
+		case <-done:
+			return
+		}
+		if a.err != nil {
+			return
+		}
+	}
+}
+
+// talk sends the snapshot, then whatever changes.
+func (c *serverConn) talk(answers <-chan answer) error {
+	retry := time.NewTicker(c.server.retry)
+	defer retry.Stop()
+	snapshot := true
+	for {
+		j, ok := c.nextJob(snapshot)
+		switch {
+		case ok:
+			if err := c.do(j, answers); err != nil {
+				return err
+			}
+			continue
+		case snapshot:
+			if err := c.do(job{req: request{kind: kindSnapshotSent}}, answers); err != nil {
+				return err
+			}
+			snapshot = false
+			continue
+		}
+		select {
+		case <-c.wake:
+		case <-retry.C:
+			c.askAgain()
+		case a := <-answers:
+			if a.err == nil {
+				a.err = errors.New("zds: a message that nothing was asked for")
+			}
+			return a.err
+		}
+	}
+}
+
+// askAgain makes the pods that this proxy refused be sent once more.
+func (c *serverConn) askAgain() {
+	s := c.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for uid, p := range s.pods {
+		if p.nack != "" && p.reader == c.proc && c.knowsLocked(uid) {
+			c.told[uid] = 0
+			c.markLocked(uid)
+		}
+	}
+}
+
+// A job is one message to send, and what it is about.
+type job struct {
+	req    request
+	device *os.File // Ours; closed after sending.
+	pod    *serverPod
+	serial uint64
+}
+
+// nextJob takes dirty pods until one has something to be said.
+func (c *serverConn) nextJob(snapshot bool) (job, bool) {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	for uid := range c.dirty {
+		delete(c.dirty, uid)
+		if j, ok := c.jobLocked(uid, snapshot); ok {
+			return j, true
+		}
+	}
+	return job{}, false
+}
+
+// jobLocked compares what the proxy was told of a pod with what it should be.
+func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
+	p := c.server.pods[uid]
+	serial, told := c.told[uid]
+	switch {
+	case p == nil && told:
+		return job{req: request{kind: kindDel, workload: Workload{UID: uid}}}, true
+	case p == nil:
+		return job{}, false
+	case p.device != nil && c.server.targetLocked(p) == c:
+		if told && serial == p.serial {
+			return job{}, false
+		}
+		device, err := dup(p.device)
+		if err != nil {
+			p.nack = err.Error()
+			return job{}, false
+		}
+		// From here on the proxy may have it, whatever becomes of the message.
+		p.reader = c.proc
+		c.told[uid] = p.serial
+		return job{req: request{kind: kindAdd, workload: p.workload}, device: device, pod: p, serial: p.serial}, true
+	case snapshot && !told:
+		c.told[uid] = 0
+		return job{req: request{kind: kindKeep, workload: Workload{UID: uid}}, pod: p}, true
+	}
+	return job{}, false
+}
+
+// do sends one message, waits for its answer and notes what it says.
+func (c *serverConn) do(j job, answers <-chan answer) error {
+	err := func() error {
+		if j.device != nil {
+			defer j.device.Close()
+		}
+		msg, err := encodeRequest(j.req)
+		if err != nil {
+			return err
+		}
+		return send(c.conn, msg, j.device, time.Now().Add(exchange))
+	}()
+	if err != nil {
+		return fmt.Errorf("zds: send %v: %w", j.req.kind, err)
+	}
+	timeout := time.NewTimer(exchange)
+	defer timeout.Stop()
+	var a answer
+	select {
+	case a = <-answers:
+	case <-timeout.C:
+		// A late answer would be taken for that to the next message.
+		a.err = os.ErrDeadlineExceeded
+	}
+	if a.err != nil {
+		return fmt.Errorf("zds: answer to %v: %w", j.req.kind, a.err)
+	}
+	c.answered(j, a.text)
+	return nil
+}
+
+func (c *serverConn) answered(j job, text string) {
+	uid := j.req.workload.UID
+	if text != "" {
+		c.log.Warn("proxy refused", "request", j.req.kind.String(), "uid", uid, "reason", text)
+	}
+	s := c.server
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch j.req.kind {
+	case kindAdd:
+		if s.pods[uid] == j.pod && j.pod.serial == j.serial && j.pod.reader == c.proc {
+			j.pod.nack = text
+			if text == "" {
+				j.pod.acked = j.serial
+			}
+		}
+	case kindDel:
+		delete(c.told, uid)
+		c.markLocked(uid) // It may have been set again meanwhile.
+	}
+	s.changedLocked()
+}
