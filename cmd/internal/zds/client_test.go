@@ -59,6 +59,12 @@ func (s *starter) setFail(err error) {
 	s.fail = err
 }
 
+func (s *starter) device(uid string) *os.File {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.devices[uid]
+}
+
 func (s *starter) counts() (starts, stops int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -150,7 +156,7 @@ func TestClientServesSnapshot(t *testing.T) {
 	if ct.ready.Load() {
 		t.Error("ready before the end of the snapshot")
 	}
-	if got, want := inode(t, ct.starter.devices["u1"]), inode(t, f); got != want {
+	if got, want := inode(t, ct.starter.device("u1")), inode(t, f); got != want {
 		t.Errorf("the pod got inode %d, want %d", got, want)
 	}
 	ct.snapshot(p)
@@ -270,7 +276,7 @@ func TestClientDropsPending(t *testing.T) {
 	ct.snapshot(p)
 	ct.wantReady("nothing is pending", true)
 	ct.wantRunning("one", "replaced")
-	if got, want := inode(t, ct.starter.devices["replaced"]), inode(t, good); got != want {
+	if got, want := inode(t, ct.starter.device("replaced")), inode(t, good); got != want {
 		t.Errorf("serves inode %d, want %d", got, want)
 	}
 	_ = p.conn.Close()
@@ -363,7 +369,7 @@ func TestClientDescriptorIsCloseOnExec(t *testing.T) {
 	p := ct.accept()
 	p.request(addOf("u"), device(t))
 	p.wantOK("add")
-	flags, err := getfd(ct.starter.devices["u"])
+	flags, err := getfd(ct.starter.device("u"))
 	if err != nil || flags&1 == 0 {
 		t.Errorf("descriptor flags = %#x, %v, want FD_CLOEXEC", flags, err)
 	}
