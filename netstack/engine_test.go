@@ -75,14 +75,13 @@ type rig struct {
 
 func newRig(t *testing.T, cfg StackConfig) *rig {
 	t.Helper()
+	// No kernel cuts the super-segments, but a socket pair has no MTU either.
+	a, b := tuntest.Pair(t, tun.Options{MTU: 1500, Offload: true})
 	e, err := New(Config{Readers: 2})
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(e.Close)
-	// Super-segments need a kernel that cuts them; a socket pair has none, but
-	// neither does it have an MTU.
-	a, b := tuntest.Pair(t, tun.Options{MTU: 1500, Offload: true})
 	r := &rig{t: t, engine: e, onProxy: &hooks{t: t}, onPod: &hooks{t: t}}
 	if cfg.Addrs == nil {
 		cfg.Addrs = []netip.Addr{pod, pod6}
@@ -95,6 +94,11 @@ func newRig(t *testing.T, cfg StackConfig) *rig {
 		t.Fatal(err)
 	}
 	return r
+}
+
+// on sets what a side's handler does, on its loop.
+func on(s *Stack, h *hooks, set func(h *hooks)) {
+	do(s.Loop(), func() int { set(h); return 0 })
 }
 
 // call is a connection made by the kernel's side, used by the test goroutine.
@@ -192,7 +196,7 @@ func dialOn(t *testing.T, s *Stack, src, dst netip.AddrPort, timeout time.Durati
 }
 
 // accepting makes a handler that accepts and hands the calls over.
-func accepting(t *testing.T, s **Stack) (func(*Request), chan *call) {
+func accepting(t *testing.T, s *Stack) (func(*Request), chan *call) {
 	ch := make(chan *call, 64)
 	return func(r *Request) {
 		r.Accept(func(e splice.End, err error) {
@@ -200,15 +204,15 @@ func accepting(t *testing.T, s **Stack) (func(*Request), chan *call) {
 				t.Errorf("accept: %v", err)
 				return
 			}
-			ch <- newCall(t, (*s).Loop(), e)
+			ch <- newCall(t, s.Loop(), e)
 		})
 	}, ch
 }
 
 func (r *rig) establish(src, dst netip.AddrPort) (app, proxy *call) {
 	r.t.Helper()
-	var ch chan *call
-	r.onProxy.tcp, ch = accepting(r.t, &r.proxy)
+	accept, ch := accepting(r.t, r.proxy)
+	on(r.proxy, r.onProxy, func(h *hooks) { h.tcp = accept })
 	app, err := dialOn(r.t, r.kernel, src, dst, patience)
 	if err != nil {
 		r.t.Fatalf("dial %v: %v", dst, err)
@@ -260,7 +264,7 @@ func TestBulkArrivesIntact(t *testing.T) {
 	const size = 64 << 20
 	var wg sync.WaitGroup
 	for _, way := range []struct{ from, to *call }{{app, proxy}, {proxy, app}} {
-		var sent, got [32]byte
+		sent, got := new([32]byte), new([32]byte)
 		wg.Go(func() {
 			h := sha256.New()
 			src := rand.NewChaCha8([32]byte{1})
@@ -276,7 +280,7 @@ func TestBulkArrivesIntact(t *testing.T) {
 				left -= n
 			}
 			way.from.CloseWrite()
-			sent = [32]byte(h.Sum(nil))
+			*sent = [32]byte(h.Sum(nil))
 		})
 		wg.Go(func() {
 			h := sha256.New()
@@ -284,10 +288,10 @@ func TestBulkArrivesIntact(t *testing.T) {
 			if n != size || err != nil {
 				t.Errorf("read %d bytes, %v", n, err)
 			}
-			got = [32]byte(h.Sum(nil))
+			*got = [32]byte(h.Sum(nil))
 		})
 		defer func() {
-			if sent != got {
+			if *sent != *got {
 				t.Error("bytes differ")
 			}
 		}()
@@ -307,7 +311,7 @@ func TestRefusalsAreTruthful(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRig(t, StackConfig{})
-			r.onProxy.tcp = func(q *Request) { q.Refuse(c.how) }
+			on(r.proxy, r.onProxy, func(h *hooks) { h.tcp = func(q *Request) { q.Refuse(c.how) } })
 			_, err := dialOn(t, r.kernel, netip.AddrPortFrom(pod, 0), service, 300*time.Millisecond)
 			want := c.want
 			if c.how == RefuseUnreachable {
@@ -351,11 +355,9 @@ func TestResetStaysReset(t *testing.T) {
 
 func TestInboundIsDialledWithClientsAddress(t *testing.T) {
 	r := newRig(t, StackConfig{})
-	var ch chan *call
-	r.onPod.tcp, ch = accepting(t, &r.kernel)
+	accept, ch := accepting(t, r.kernel)
 	var seen netip.AddrPort
-	accept := r.onPod.tcp
-	r.onPod.tcp = func(q *Request) { seen = q.Src(); accept(q) }
+	on(r.kernel, r.onPod, func(h *hooks) { h.tcp = func(q *Request) { seen = q.Src(); accept(q) } })
 	proxy, err := dialOn(t, r.proxy, client, netip.AddrPortFrom(pod, 8080), patience)
 	if err != nil {
 		t.Fatal(err)
@@ -373,12 +375,14 @@ func TestInboundIsDialledWithClientsAddress(t *testing.T) {
 func TestTunnelPortIsAccepted(t *testing.T) {
 	r := newRig(t, StackConfig{})
 	ch := make(chan *call, 1)
-	r.onProxy.tunnel = func(e splice.End, remote, local netip.AddrPort) {
-		if remote != client || local != netip.AddrPortFrom(pod, TunnelPort) {
-			t.Errorf("tunnel %v -> %v", remote, local)
+	on(r.proxy, r.onProxy, func(h *hooks) {
+		h.tunnel = func(e splice.End, remote, local netip.AddrPort) {
+			if remote != client || local != netip.AddrPortFrom(pod, TunnelPort) {
+				t.Errorf("tunnel %v -> %v", remote, local)
+			}
+			ch <- newCall(t, r.proxy.Loop(), e)
 		}
-		ch <- newCall(t, r.proxy.Loop(), e)
-	}
+	})
 	peer, err := dialOn(t, r.kernel, client, netip.AddrPortFrom(pod, TunnelPort), patience)
 	if err != nil {
 		t.Fatal(err)

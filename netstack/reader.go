@@ -41,7 +41,8 @@ type reader struct {
 	sparePosted []func()
 	spareWakers []waker
 	soon, last  tasks
-	stacks      map[int]*Stack // by descriptor
+	stacks      map[*Stack]struct{}
+	watched     map[int]*Stack // by descriptor
 	scratch     []byte
 	views       [len(ladder)]*buffer.View
 	vector      tun.Vector
@@ -64,7 +65,8 @@ func newReader(e *Engine, index int) (*reader, error) {
 	r := &reader{
 		engine: e, index: index, epfd: epfd, evfd: evfd,
 		done:    make(chan struct{}),
-		stacks:  map[int]*Stack{},
+		stacks:  map[*Stack]struct{}{},
+		watched: map[int]*Stack{},
 		scratch: make([]byte, splice.ScratchSize),
 	}
 	if err := r.watch(evfd); err != nil {
@@ -96,7 +98,7 @@ func (r *reader) run() {
 			fd := int(r.events[i].Fd)
 			if fd == r.evfd {
 				r.drainWakeups()
-			} else if s := r.stacks[fd]; s != nil {
+			} else if s := r.watched[fd]; s != nil {
 				s.turn()
 			}
 		}
@@ -110,18 +112,27 @@ func (r *reader) add(s *Stack) error {
 	if err := r.watch(s.dev.FD()); err != nil {
 		return err
 	}
-	r.stacks[s.dev.FD()] = s
+	r.watched[s.dev.FD()] = s
+	r.stacks[s] = struct{}{}
 	return s.listen()
 }
 
-// remove stops reading s. It runs on the loop.
+// remove forgets s. It runs on the loop.
 func (r *reader) remove(s *Stack) {
+	r.unwatch(s)
+	if _, ok := r.stacks[s]; ok {
+		delete(r.stacks, s)
+		r.pods.Add(-1)
+	}
+}
+
+// unwatch stops reading s.
+func (r *reader) unwatch(s *Stack) {
 	fd := s.dev.FD()
-	if r.stacks[fd] != s {
+	if r.watched[fd] != s {
 		return
 	}
-	delete(r.stacks, fd)
-	r.pods.Add(-1)
+	delete(r.watched, fd)
 	// The descriptor may be shared with another process: closing it alone
 	// would leave it in the set.
 	unix.EpollCtl(r.epfd, unix.EPOLL_CTL_DEL, fd, nil)
@@ -143,7 +154,7 @@ func (r *reader) close() {
 
 // end runs when the thread leaves its loop.
 func (r *reader) end() {
-	for _, s := range r.stacks {
+	for s := range r.stacks {
 		s.closeOnLoop()
 	}
 	close(r.done)

@@ -44,7 +44,7 @@ func (s *Stack) failed(err error) {
 		return
 	}
 	s.reader.engine.log.Error("device cannot be read", "pod", s.cfg.Name, "error", err)
-	s.reader.remove(s)
+	s.reader.unwatch(s)
 	if gone := s.cfg.Gone; gone != nil {
 		s.reader.Post(func() { gone(err) })
 	}
