@@ -1,0 +1,310 @@
+package netstack
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"net/netip"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/ztun/ztun/tun"
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+// echo answers what it reads on the loop until the flow ends.
+func echo(end splice.End) {
+	buf := make([]byte, 32<<10)
+	var rest []byte
+	end.Notify(func() {
+		for {
+			if len(rest) > 0 {
+				n, err := end.Write(rest)
+				if rest = rest[n:]; err != nil {
+					return
+				}
+			}
+			n, err := end.Read(buf)
+			if errors.Is(err, io.EOF) {
+				end.CloseWrite()
+				end.Close()
+				return
+			}
+			if err != nil {
+				if !errors.Is(err, splice.ErrAgain) {
+					end.Reset(nil)
+				}
+				return
+			}
+			rest = buf[:n]
+		}
+	})
+}
+
+func acceptEcho(q *Request) {
+	q.Accept(func(e splice.End, err error) {
+		if err == nil {
+			echo(e)
+		}
+	})
+}
+
+// pingPong exchanges small messages until stop says so.
+func pingPong(c *call, stop *atomic.Bool) error {
+	b := make([]byte, 64)
+	for !stop.Load() {
+		if _, err := c.Write(b); err != nil {
+			return err
+		}
+		if _, err := io.ReadFull(struct{ io.Reader }{c}, b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rule 1: a reader that never blocks long, and one that sleeps, let the
+// garbage collector stop the world. Without preemptionPoint a collection took
+// 4-60 s.
+func TestReadersDoNotHoldUpTheCollector(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	on(r.proxy, r.onProxy, func(h *hooks) { h.tcp = acceptEcho })
+	c, err := dialOn(t, r.kernel, netip.AddrPortFrom(pod, 0), service, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := pingPong(c, &stop); err != nil {
+			t.Error(err)
+		}
+	})
+	done := make(chan struct{})
+	go func() {
+		for range 20 {
+			runtime.GC()
+		}
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		t.Error("20 collections took more than 30 s")
+	}
+	stop.Store(true)
+	wg.Wait()
+}
+
+// rule 2: an ICMP error about a flow whose endpoint the batch has locked must
+// not meet that lock. It deadlocked the prototype's reader for ever.
+func TestICMPAmongSegmentsDoesNotDeadlock(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	on(r.proxy, r.onProxy, func(h *hooks) { h.tcp = acceptEcho })
+	src := netip.AddrPortFrom(pod, 41000)
+	c, err := dialOn(t, r.kernel, src, service, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		quoted := segment(service, src, flagACK, 1, 1, nil)[:28]
+		icmp := appendUnreachable(nil, netip.MustParseAddr("10.0.0.254"), service.Addr(), false, quoted)
+		fragment := segment(src, service, flagACK, 1, 1, make([]byte, 64))
+		fragment[6] |= 0x20 // more fragments
+		h := fragment[:20]
+		h[10], h[11] = 0, 0
+		s := ^fold(sum(h, 0))
+		h[10], h[11] = byte(s>>8), byte(s)
+		for !stop.Load() {
+			r.kernel.dev.Write(tun.Header{}, icmp)
+			r.kernel.dev.Write(tun.Header{}, fragment)
+			runtime.Gosched()
+		}
+	})
+	msg := bytes.Repeat([]byte("x"), 4096)
+	for range 500 {
+		if _, err := c.Write(msg); err != nil {
+			t.Error(err)
+			break
+		}
+		if _, err := io.ReadFull(struct{ io.Reader }{c}, msg); err != nil {
+			t.Error(err)
+			break
+		}
+	}
+	stop.Store(true)
+	wg.Wait()
+}
+
+// rule 3: a RST right behind data reaches the far end every time. Without the
+// whole tail of handleConnected 49 of 60 hung.
+func TestEveryResetBehindDataArrives(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	const n = 60
+	ended := make(chan error, n)
+	on(r.proxy, r.onProxy, func(h *hooks) {
+		h.tcp = func(q *Request) {
+			q.Accept(func(e splice.End, err error) {
+				if err != nil {
+					ended <- err
+					return
+				}
+				buf := make([]byte, 1024)
+				over := false
+				e.Notify(func() {
+					for !over {
+						_, err := e.Read(buf)
+						if errors.Is(err, splice.ErrAgain) {
+							return
+						}
+						if err != nil {
+							over = true
+							e.Reset(nil)
+							ended <- err
+						}
+					}
+				})
+			})
+		}
+	})
+	for range n {
+		c, err := dialOn(t, r.kernel, netip.AddrPortFrom(pod, 0), service, patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		do(c.loop, func() int {
+			c.end.Write([]byte("data"))
+			c.end.Reset(nil)
+			return 0
+		})
+	}
+	for i := range n {
+		select {
+		case err := <-ended:
+			if !errors.Is(err, splice.ErrReset) {
+				t.Errorf("connection ended with %v, want a reset", err)
+			}
+		case <-time.After(patience):
+			t.Fatalf("%d of %d connections hang", n-i, n)
+		}
+	}
+}
+
+// rule 8: a sender to a stalled reader is stopped, and the memory is bounded.
+func TestStalledReaderStopsTheSender(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	app, proxy := r.establish(netip.AddrPortFrom(pod, 0), service)
+	total := 0
+	buf := make([]byte, 64<<10)
+	quiet := 0
+	for quiet < 50 {
+		res := do(app.loop, func() ioResult { n, err := app.end.Write(buf); return ioResult{n, err} })
+		total += res.n
+		if res.n == 0 {
+			quiet++
+			<-time.After(2 * time.Millisecond)
+		} else {
+			quiet = 0
+		}
+		if total > 3<<20 {
+			t.Fatalf("%d bytes were taken without a reader", total)
+		}
+	}
+	left := total
+	for left > 0 {
+		n, err := proxy.Read(buf)
+		if err != nil {
+			t.Fatalf("%d bytes missing: %v", left, err)
+		}
+		left -= n
+	}
+}
+
+func TestBudgetIsNeverExceeded(t *testing.T) {
+	const budget = 8 << 20
+	r := newRig(t, StackConfig{Limits: Limits{Memory: budget}})
+	ch := make(chan bool, 1)
+	on(r.proxy, r.onProxy, func(h *hooks) {
+		h.tcp = func(q *Request) { q.Accept(func(_ splice.End, err error) { ch <- err == nil }) }
+	})
+	refused := 0
+	for range 400 {
+		c, err := dialOn(t, r.kernel, netip.AddrPortFrom(pod, 0), service, patience)
+		if accepted := <-ch; accepted != (err == nil) {
+			t.Fatalf("accepted %v, dial %v", accepted, err)
+		}
+		if err != nil {
+			refused++
+			continue
+		}
+		defer c.Reset()
+		if got := do(r.proxy.Loop(), func() int64 { return r.proxy.reserved }); got > budget {
+			t.Fatalf("reserved %d bytes of %d", got, budget)
+		}
+	}
+	if refused == 0 || r.proxy.Stats().LimitConnections == 0 {
+		t.Errorf("%d refused, LimitConnections %d: the budget was never reached", refused, r.proxy.Stats().LimitConnections)
+	}
+}
+
+func TestConnectionsLeaveNothingBehind(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	on(r.proxy, r.onProxy, func(h *hooks) { h.tcp = acceptEcho })
+	for i := range 300 {
+		c, err := dialOn(t, r.kernel, netip.AddrPortFrom(pod, 0), service, patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Write([]byte("hello"))
+		b := make([]byte, 8)
+		c.Read(b)
+		if i%3 == 0 {
+			c.Reset()
+			continue
+		}
+		c.CloseWrite()
+		io.ReadAll(c)
+		c.Close()
+	}
+	deadline := time.Now().Add(patience)
+	for {
+		s := r.proxy.Stats()
+		table := do(r.proxy.Loop(), func() int { return len(r.proxy.flows) })
+		if s.Flows == 0 && s.Pending == 0 && table == 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("left behind: %d flows, %d pending, %d in the table", s.Flows, s.Pending, table)
+		}
+		<-time.After(5 * time.Millisecond)
+	}
+	if got := do(r.proxy.Loop(), func() int64 { return r.proxy.reserved }); got != 0 {
+		t.Errorf("%d bytes still reserved", got)
+	}
+}
+
+func TestDialErrors(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	on(r.kernel, r.onPod, func(h *hooks) { h.tcp = func(q *Request) { q.Refuse(RefuseReset) } })
+	if _, err := dialOn(t, r.proxy, client, netip.AddrPortFrom(pod, 81), patience); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("dial: %v, want ECONNREFUSED", err)
+	}
+	if n := r.proxy.Stats().Flows; n != 0 {
+		t.Errorf("Flows = %d", n)
+	}
+}
+
+func TestCloseResetsEverything(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	app, _ := r.establish(netip.AddrPortFrom(pod, 0), service)
+	r.proxy.Close()
+	if _, err := app.Read(make([]byte, 1)); !errors.Is(err, splice.ErrReset) {
+		t.Errorf("read: %v, want a reset", err)
+	}
+}
