@@ -1,7 +1,6 @@
 package tunnel
 
 import (
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -70,19 +69,12 @@ func connectReason(err error) Reason {
 	switch {
 	case errors.Is(err, hbone.ErrTimeout):
 		return PeerAppTimeout
-	case isTLS(err):
+	case hbone.IsAlert(err):
 		return TLSFailed
 	case isHTTP(err):
 		return HTTPFailed
 	}
 	return TunnelLost
-}
-
-// isTLS finds an alert: a peer that does not like our certificate says so
-// after the handshake is complete on our side.
-func isTLS(err error) bool {
-	_, ok := errors.AsType[tls.AlertError](err)
-	return ok
 }
 
 func isHTTP(err error) bool {

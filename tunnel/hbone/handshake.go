@@ -22,6 +22,14 @@ var (
 	ErrClosed = errors.New("hbone: closed")
 )
 
+// IsAlert reports whether err is the peer's TLS alert. In TLS 1.3 a client has
+// completed its handshake before the server judges its certificate, so that an
+// alert may be the answer to the first CONNECT.
+func IsAlert(err error) bool {
+	op, ok := errors.AsType[*net.OpError](err)
+	return ok && op.Op == "remote error"
+}
+
 // maxBridge bounds what a handshake keeps unread: a certificate message is at
 // most 256 KiB, and crypto/tls takes it in parts.
 const maxBridge = 64 << 10
