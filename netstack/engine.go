@@ -150,8 +150,9 @@ func (e *Engine) Close() {
 
 // Add makes a stack for the pod behind dev and starts to read. What waits in
 // the device is dropped: it was sent to somebody else, and TCP sends it again.
-// The Stack owns dev from here on.
-func (e *Engine) Add(dev *tun.Device, cfg StackConfig, h Handler) (*Stack, error) {
+// serve makes the Handler, given the Stack it is for, before anything is read.
+// The Stack owns dev once Add has succeeded.
+func (e *Engine) Add(dev *tun.Device, cfg StackConfig, serve func(*Stack) (Handler, error)) (*Stack, error) {
 	if len(cfg.Addrs) == 0 {
 		return nil, fmt.Errorf("netstack: pod %s has no address", cfg.Name)
 	}
@@ -162,8 +163,14 @@ func (e *Engine) Add(dev *tun.Device, cfg StackConfig, h Handler) (*Stack, error
 	}
 	e.mu.Unlock()
 	r := e.leastLoaded()
-	s, err := newStack(r, dev, cfg, h)
+	s, err := newStack(r, dev, cfg)
+	if err == nil {
+		if s.handler, err = serve(s); err != nil {
+			s.gv.Destroy()
+		}
+	}
 	if err != nil {
+		r.pods.Add(-1)
 		return nil, err
 	}
 	done := make(chan error, 1)
@@ -174,7 +181,7 @@ func (e *Engine) Add(dev *tun.Device, cfg StackConfig, h Handler) (*Stack, error
 		err = errors.New("netstack: engine is closed")
 	}
 	if err != nil {
-		s.destroy()
+		s.gv.Destroy()
 		return nil, err
 	}
 	return s, nil

@@ -38,6 +38,8 @@ type hooks struct {
 	udp    func(*Datagram)
 }
 
+func (h *hooks) serve(*Stack) (Handler, error) { return h, nil }
+
 func (h *hooks) HandleTCP(r *Request) {
 	if h.tcp == nil {
 		h.t.Errorf("unexpected request %v -> %v", r.Src(), r.Dst())
@@ -87,10 +89,10 @@ func newRig(t *testing.T, cfg StackConfig) *rig {
 		cfg.Addrs = []netip.Addr{pod, pod6}
 	}
 	cfg.Name = "test/pod"
-	if r.proxy, err = e.Add(a, cfg, r.onProxy); err != nil {
+	if r.proxy, err = e.Add(a, cfg, r.onProxy.serve); err != nil {
 		t.Fatal(err)
 	}
-	if r.kernel, err = e.Add(b, StackConfig{Name: "kernel", Addrs: cfg.Addrs}, r.onPod); err != nil {
+	if r.kernel, err = e.Add(b, StackConfig{Name: "kernel", Addrs: cfg.Addrs}, r.onPod.serve); err != nil {
 		t.Fatal(err)
 	}
 	return r

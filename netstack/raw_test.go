@@ -37,7 +37,7 @@ func newRawRig(t *testing.T, cfg StackConfig) *rawRig {
 		cfg.Addrs = []netip.Addr{pod, pod6}
 	}
 	cfg.Name = "test/pod"
-	if r.stack, err = e.Add(a, cfg, r.handler); err != nil {
+	if r.stack, err = e.Add(a, cfg, r.handler.serve); err != nil {
 		t.Fatal(err)
 	}
 	return r
@@ -421,7 +421,7 @@ func TestWhatLiesInTheDeviceIsDrained(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer e.Close()
-	s, err := e.Add(a, StackConfig{Addrs: []netip.Addr{pod}}, &hooks{t: t})
+	s, err := e.Add(a, StackConfig{Addrs: []netip.Addr{pod}}, (&hooks{t: t}).serve)
 	if err != nil {
 		t.Fatal(err)
 	}

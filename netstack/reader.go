@@ -108,13 +108,18 @@ func (r *reader) run() {
 
 // add starts to read s. It runs on the loop.
 func (r *reader) add(s *Stack) error {
+	if err := s.listen(); err != nil {
+		r.pods.Add(-1)
+		return err
+	}
 	s.drain()
 	if err := r.watch(s.dev.FD()); err != nil {
+		r.pods.Add(-1)
 		return err
 	}
 	r.watched[s.dev.FD()] = s
 	r.stacks[s] = struct{}{}
-	return s.listen()
+	return nil
 }
 
 // remove forgets s. It runs on the loop.

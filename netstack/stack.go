@@ -27,7 +27,7 @@ const timeWait = 60 * time.Second
 
 // Stack is the TCP of one pod. It belongs to one reader, its Loop.
 type Stack struct {
-	// Set by newStack, read-only after.
+	// Set before the device is read, read-only after.
 	cfg     StackConfig
 	limits  Limits
 	handler Handler
@@ -58,9 +58,9 @@ type Stack struct {
 	accepting map[stack.TransportEndpointID]*Request
 }
 
-func newStack(r *reader, dev *tun.Device, cfg StackConfig, h Handler) (*Stack, error) {
+func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 	s := &Stack{
-		cfg: cfg, limits: cfg.Limits.withDefaults(), handler: h, reader: r, dev: dev,
+		cfg: cfg, limits: cfg.Limits.withDefaults(), reader: r, dev: dev,
 		flows:     map[tuple]*Flow{},
 		pending:   map[tuple]*Request{},
 		perSource: map[[16]byte]int{},
