@@ -283,7 +283,9 @@ func (c *Conn) onReady() {
 	switch c.state {
 	case stateOpen:
 		if wasBlocked {
-			c.lastTask()
+			c.flush()
+			c.wakeWriters()
+			c.flushLater()
 		}
 		c.readPass()
 	case stateLinger:

@@ -3,6 +3,7 @@ package h2
 import (
 	"errors"
 	"io"
+	"slices"
 
 	"golang.org/x/net/http2"
 
@@ -38,7 +39,7 @@ type Stream struct {
 	windowBlocked bool  // a write found send used up
 	waiting       bool  // in Conn.out.waiters
 	turn          uint64
-	spent         int // bytes queued in that turn
+	spent, grant  int // bytes queued in that turn, and still set aside for it
 }
 
 var (
@@ -190,6 +191,10 @@ func (s *Stream) leave() {
 	}
 	s.open = false
 	delete(s.c.streams, s.id)
+	if s.waiting {
+		s.waiting = false
+		s.c.out.waiters = slices.DeleteFunc(s.c.out.waiters, func(w *Stream) bool { return w == s })
+	}
 	s.c.maybeFinish()
 }
 

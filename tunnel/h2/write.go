@@ -3,6 +3,7 @@ package h2
 import (
 	"encoding/binary"
 	"errors"
+	"slices"
 	"sync"
 
 	"golang.org/x/net/http2"
@@ -26,8 +27,10 @@ const (
 	// maxPending is when streams must wait for t to take more. One frame may
 	// exceed it.
 	maxPending = 256 << 10
-	// minShare is what each of many busy streams may send in its turn.
+	// minShare is what a stream that had to wait may send at least in its
+	// turn, and overtake what one that did not may while others wait.
 	minShare = 16 << 10
+	overtake = 4 << 10
 
 	// waitingUpdates is how many WINDOW_UPDATEs a peer may send for each DATA
 	// frame of ours: a stream's and the connection's, twice.
@@ -47,10 +50,12 @@ type output struct {
 
 	// Streams that wait for room or for the connection's window, in order.
 	waiters []*Stream
-	// A turn lasts until the next flush at the end of a pass. busy and before
-	// count the streams that wanted to send in this turn and the last.
+	// A turn lasts until the flush at the end of a pass. busy and before count
+	// the streams that wanted to send in this turn and the last; granted is
+	// the room that those who were woken may still use in this turn.
 	turn         uint64
 	busy, before int
+	granted      int
 }
 
 // queued is how many bytes wait for t.
@@ -92,8 +97,10 @@ func (c *Conn) lastTask() {
 		return
 	}
 	c.flush()
-	c.out.turn++
-	c.out.before, c.out.busy = c.out.busy, 0
+	o := &c.out
+	o.turn++
+	o.granted = 0
+	o.before, o.busy = o.busy, 0
 	c.wakeWriters()
 }
 
@@ -114,18 +121,24 @@ func (c *Conn) flush() {
 	}
 }
 
-// wakeWriters lets those who wait try again, unless they would have to wait
-// as before.
+// wakeWriters lets those who wait longest go on, each with a share of the
+// room. The others keep their place and follow at the end of the turn.
 func (c *Conn) wakeWriters() {
-	if len(c.out.waiters) == 0 || c.queued() >= maxPending || c.send <= 0 {
+	o := &c.out
+	room := maxPending - c.queued() - o.granted
+	if len(o.waiters) == 0 || room < maxPending/2 || c.send <= 0 {
 		return
 	}
-	for i, s := range c.out.waiters {
-		c.out.waiters[i] = nil
+	n := min(len(o.waiters), room/minShare)
+	for _, s := range o.waiters[:n] {
 		s.waiting = false
+		s.turn, s.spent, s.grant = o.turn, 0, room/n
+		o.granted += s.grant
+		o.busy++
 		s.poke()
 	}
-	c.out.waiters = c.out.waiters[:0]
+	o.waiters = slices.Delete(o.waiters, 0, n)
+	c.flushLater()
 }
 
 // room makes space for n more bytes.
@@ -160,23 +173,32 @@ func (s *Stream) mayWrite(want int) int {
 		return 0
 	}
 	if s.turn != c.out.turn {
-		s.turn, s.spent = c.out.turn, 0
+		s.turn, s.spent, s.grant = c.out.turn, 0, 0
 		c.out.busy++
 	}
 	limit := bulkFrame
-	if rivals := max(c.out.busy, c.out.before); rivals > 1 {
-		limit = min(sharedFrame, max(minShare, maxPending/rivals)-s.spent)
+	if max(c.out.busy, c.out.before) > 1 {
+		limit = sharedFrame
 	}
-	if limit <= 0 || c.send <= 0 || c.queued() >= maxPending {
+	switch room := maxPending - c.queued() - c.out.granted; {
+	case s.grant > 0:
+		limit = min(limit, s.grant)
+	case room <= 0:
+		limit = 0
+	case len(c.out.waiters) > 0:
+		limit = min(limit, overtake-s.spent)
+	}
+	if limit <= 0 || c.send <= 0 {
 		s.wait()
 		return 0
 	}
-	n := min(int64(min(want, limit)), int64(c.peer.maxFrame), s.send, c.send)
-	return int(n)
+	return int(min(int64(min(want, limit)), int64(c.peer.maxFrame), s.send, c.send))
 }
 
 // wait queues s for wakeWriters.
 func (s *Stream) wait() {
+	s.c.out.granted -= s.grant
+	s.grant = 0
 	if !s.waiting {
 		s.waiting = true
 		s.c.out.waiters = append(s.c.out.waiters, s)
@@ -229,6 +251,9 @@ func (s *Stream) sent(n int) {
 	s.send -= int64(n)
 	c.send -= int64(n)
 	s.spent += n
+	used := min(n, s.grant)
+	s.grant -= used
+	c.out.granted -= used
 	c.stats.DataSent += uint64(n)
 	c.abuse.windowUpdates.n = max(0, c.abuse.windowUpdates.n-waitingUpdates)
 }
