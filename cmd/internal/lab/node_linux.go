@@ -1,0 +1,276 @@
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// controlPort is istiod's.
+	controlPort = 15012
+	// tokenEvery is how often nodes get a new token; one is good for longer.
+	tokenEvery = time.Hour
+	// systemNamespace is where a mesh's own parts are.
+	systemNamespace = "istio-system"
+)
+
+// A node is one machine of the cluster: pods, a proxy and an attach side.
+type node struct {
+	// Set when it is made, read-only after.
+	name   string
+	index  int
+	dir    string // Token, root certificate and the agent's socket.
+	space  *space
+	feed   *feed
+	proxy  *process
+	attach *process
+	// Guarded by the supervisor's mu.
+	pods []string // Keys of the pods that have an address; "" is free.
+}
+
+// indexOf returns the place of a pod on the node, and gives it one if it has none.
+func (n *node) indexOf(key string) (int, error) {
+	if i := slices.Index(n.pods, key); i >= 0 {
+		return i, nil
+	}
+	if i := slices.Index(n.pods, ""); i >= 0 {
+		n.pods[i] = key
+		return i, nil
+	}
+	if len(n.pods) == maxPodsPerNode {
+		return 0, fmt.Errorf("lab: node %s is full: %d pods", n.name, maxPodsPerNode)
+	}
+	n.pods = append(n.pods, key)
+	return len(n.pods) - 1, nil
+}
+
+// forget frees the places of pods that are gone.
+func (n *node) forget(gone func(key string) bool) {
+	for i, key := range n.pods {
+		if gone(key) {
+			n.pods[i] = ""
+		}
+	}
+}
+
+// nodeLocked returns the node of that name, made known if it is new.
+func (s *supervisor) nodeLocked(name string) *node {
+	n := s.nodes[name]
+	if n == nil {
+		n = &node{name: name, index: len(s.nodes), dir: filepath.Join(runtimeDir, "nodes", name)}
+		s.nodes[name] = n
+	}
+	return n
+}
+
+// ensureNode makes the node and starts its two processes, if that has not
+// been done.
+func (s *supervisor) ensureNode(ctx context.Context, name string) error {
+	s.mu.Lock()
+	n := s.nodeLocked(name)
+	s.mu.Unlock()
+	if n.space != nil {
+		return nil
+	}
+	if n.index >= maxNodes {
+		return fmt.Errorf("lab: more than %d nodes", maxNodes)
+	}
+	if err := os.MkdirAll(filepath.Join(n.dir, "agent"), 0o711); err != nil {
+		return fmt.Errorf("lab: %w", err)
+	}
+	if err := s.credentials(ctx, n); err != nil {
+		return err
+	}
+	space, err := s.network.addNode(name, n.index)
+	if err != nil {
+		return err
+	}
+	feed := newFeed(s.podServed)
+	attach := &process{name: "attach/" + name, kind: "attach", policy: restartAlways, space: space}
+	attach.command = func() (*exec.Cmd, error) { return s.attachCommand(n, attach) }
+	proxy := &process{name: "proxy/" + name, kind: "proxy", policy: restartAlways, space: space}
+	proxy.command = func() (*exec.Cmd, error) { return s.proxyCommand(n), nil }
+
+	s.mu.Lock()
+	n.space, n.feed, n.attach, n.proxy = space, feed, attach, proxy
+	s.mu.Unlock()
+	s.run(s.ctx, attach)
+	s.run(s.ctx, proxy)
+	s.progress("node %-12s %s, pods in %s", name, fabricAddrs(fabricNodes + n.index)[0], podSubnets(n.index)[0])
+	return nil
+}
+
+// proxyUID is the user of the proxies: an ordinary one where there are others
+// than the lab's own.
+func (s *supervisor) proxyUID() int {
+	if s.order.Privileged {
+		return proxyUser
+	}
+	return 0
+}
+
+// credentials writes a node's token and the roots it is to trust.
+func (s *supervisor) credentials(ctx context.Context, n *node) error {
+	out, err := s.controlTool(ctx, "token", "--node", n.name)
+	if err != nil {
+		return fmt.Errorf("lab: token of node %s: %w", n.name, err)
+	}
+	if err := replaceFile(filepath.Join(n.dir, "token"), out, 0o600, s.proxyUID()); err != nil {
+		return err
+	}
+	roots, err := os.ReadFile(filepath.Join(controlState, "root-cert.pem"))
+	if err != nil {
+		return fmt.Errorf("lab: roots: %w", err)
+	}
+	return replaceFile(filepath.Join(n.dir, "root-cert.pem"), roots, 0o644, 0)
+}
+
+// renewCredentials does so for every node from time to time.
+func (s *supervisor) renewCredentials() {
+	tick := time.NewTicker(tokenEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-s.ctx.Done():
+			return
+		}
+		for _, n := range s.snapshotNodes() {
+			if err := s.credentials(s.ctx, n); err != nil {
+				fmt.Fprintf(&s.log, "%v\n", err)
+			}
+		}
+	}
+}
+
+// proxyCommand is a node's ztun-proxy, told what ztunnel's chart would tell it.
+func (s *supervisor) proxyCommand(n *node) *exec.Cmd {
+	address := fabricAddrs(fabricNodes + n.index)[0]
+	control := "https://" + netip.AddrPortFrom(fabricAddrs(fabricControl)[0], controlPort).String()
+	cmd := exec.Command(s.order.Proxy)
+	cmd.Dir = n.dir
+	cmd.Env = []string{
+		"XDS_ADDRESS=" + control,
+		"CA_ADDRESS=" + control,
+		"XDS_ROOT_CA=" + filepath.Join(n.dir, "root-cert.pem"),
+		"CA_ROOT_CA=" + filepath.Join(n.dir, "root-cert.pem"),
+		"AUTH_TOKEN=" + filepath.Join(n.dir, "token"),
+		"INPOD_UDS=" + n.socket(),
+		"NODE_NAME=" + n.name,
+		"INSTANCE_IP=" + address.String(),
+		"POD_NAME=ztunnel-" + n.name,
+		"POD_NAMESPACE=" + systemNamespace,
+		"TERMINATION_GRACE_PERIOD_SECONDS=5",
+	}
+	if !s.network.ipv6 {
+		cmd.Env = append(cmd.Env, "IPV6_ENABLED=false")
+	}
+	if s.order.Privileged {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: proxyUser, Gid: proxyUser}}
+	}
+	return cmd
+}
+
+func (n *node) socket() string { return filepath.Join(n.dir, "agent.sock") }
+
+// attachCommand is a node's attach side, with a feed at its other end.
+func (s *supervisor) attachCommand(n *node, p *process) (*exec.Cmd, error) {
+	addrs := slices.Concat(fabricAddrs(fabricNodes+n.index), gateways(n.index))
+	if !s.network.ipv6 {
+		addrs = slices.DeleteFunc(addrs, netip.Addr.Is6)
+	}
+	text, err := json.Marshal(attachOrder{
+		StateDir: filepath.Join(n.dir, "agent"), Socket: n.socket(),
+		SocketUID: s.proxyUID(), SocketGID: s.proxyUID(), NodeAddresses: addrs,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("lab: %w", err)
+	}
+	cmd := exec.Command("/proc/self/exe", "lab", "attach", string(text))
+	cmd.Env = []string{}
+	cmd.Dir = n.dir
+	start, err := n.feed.connect(cmd)
+	if err != nil {
+		return nil, err
+	}
+	p.started = func(int) { start() }
+	return cmd, nil
+}
+
+// controlState is where the control plane keeps its CA, for itself alone.
+const controlState = runtimeDir + "/control"
+
+// startControl starts the control plane and waits until it listens.
+func (s *supervisor) startControl(ctx context.Context, first *spec) error {
+	if err := s.publish(first); err != nil {
+		return err
+	}
+	space, err := s.network.addMachine("control", fabricControl)
+	if err != nil {
+		return err
+	}
+	listen := netip.AddrPortFrom(fabricAddrs(fabricControl)[0], controlPort).String()
+	p := &process{name: "control", kind: "control", policy: restartAlways, space: space, command: func() (*exec.Cmd, error) {
+		cmd := exec.Command("/proc/self/exe", "control", "--dir", filepath.Join(runtimeDir, "config"), "--state", controlState, "--listen", listen)
+		cmd.Env = []string{}
+		return cmd, nil
+	}}
+	s.mu.Lock()
+	s.control = &machine{space: space, process: p}
+	s.mu.Unlock()
+	s.run(s.ctx, p)
+	if err := awaitListener(ctx, space, listen); err != nil {
+		return errors.Join(err, fmt.Errorf("control plane: %s", p.log.tail()))
+	}
+	go s.renewCredentials()
+	return nil
+}
+
+// controlTool runs `ztun control` with arguments and returns what it prints.
+func (s *supervisor) controlTool(ctx context.Context, args ...string) ([]byte, error) {
+	args = append([]string{"control"}, args...)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", append(args, "--state", controlState)...)
+	cmd.Env = []string{}
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return nil, fmt.Errorf("%w: %s", err, exit.Stderr)
+	}
+	return out, err
+}
+
+// awaitListener returns once something accepts connections at address.
+func awaitListener(ctx context.Context, space *space, address string) error {
+	for {
+		err := space.do(func() error {
+			conn, err := net.DialTimeout("tcp", address, time.Second)
+			if err == nil {
+				conn.Close()
+			}
+			return err
+		})
+		if err == nil {
+			return nil
+		}
+		if !errors.Is(err, unix.ECONNREFUSED) {
+			return fmt.Errorf("lab: reach %s: %w", address, err)
+		}
+		select {
+		case <-time.After(20 * time.Millisecond):
+		case <-ctx.Done():
+			return fmt.Errorf("lab: nothing listens at %s: %w", address, context.Cause(ctx))
+		}
+	}
+}
