@@ -1,0 +1,94 @@
+# Everything a developer or a CI runs. `make help` lists the targets.
+
+GO      ?= go
+BIN     := bin
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+# Programs that exist: the table of the design names more than today has.
+CMDS    := $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go))))
+IMAGE   ?= ztun
+FUZZTIME ?= 3s
+ROUNDS  ?= 3
+ROWS    ?= .
+# An ordinary user, for what must work without root.
+NOBODY  := setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/nonexistent
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test ci race fuzz bench lint fmt-check vet staticcheck arch image needs demo-nobody clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## build bin/ztun, bin/ztun-proxy ...
+	@mkdir -p $(BIN)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/ $(addprefix ./cmd/,$(CMDS))
+
+demo: build ## show a mesh of two nodes on this machine, and check every claim
+	$(BIN)/ztun lab demo
+
+test: needs ## run all tests; kernel tests run in namespaces of their own
+	$(GO) test $(TESTFLAGS) ./...
+
+# What the tests call besides Go. As root on Debian missing tools are
+# installed; everybody else is told the one command.
+needs:
+	@missing=; for tool in nghttp:nghttp2-client nghttpd:nghttp2-server ip:iproute2 ping:iputils-ping; do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
+	[ -z "$$missing" ] && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing$$missing"; apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null && exit 0; fi; \
+	echo "tests need$$missing: sudo apt-get install$$missing" >&2; exit 1
+
+lint: fmt-check vet staticcheck ## gofmt, go vet, staticcheck
+
+fmt-check:
+	@bad=$$(gofmt -l $$(git ls-files '*.go')); [ -z "$$bad" ] || { echo "gofmt these:"; echo "$$bad"; exit 1; }
+
+vet:
+	$(GO) vet ./...
+
+staticcheck:
+	$(GO) tool staticcheck ./...
+
+arch: ## check that imports point down and every package has a row
+	$(GO) run ./cmd/internal/arch
+
+# With the race detector: what does not spend its time in the kernel.
+race: ## run the tests with the race detector, kernel tests left out
+	@command -v gcc >/dev/null || command -v cc >/dev/null || { echo "the race detector needs a C compiler: sudo apt-get install gcc" >&2; exit 1; }
+	@set -e; list=$$($(GO) list -f '{{$$kernel := false}}{{range .TestImports}}{{if eq . "github.com/ztun/ztun/tun/netnstest"}}{{$$kernel = true}}{{end}}{{end}}{{range .XTestImports}}{{if eq . "github.com/ztun/ztun/tun/netnstest"}}{{$$kernel = true}}{{end}}{{end}}{{if not $$kernel}}{{.ImportPath}}{{end}}' ./...); \
+	echo "$(GO) test -race ($$(echo $$list | wc -w) packages)"; CGO_ENABLED=1 $(GO) test -race $(TESTFLAGS) $$list
+
+# Every Fuzz function of every package, found by asking the packages.
+fuzz: ## run every fuzz target for FUZZTIME (3s) each
+	@set -e; targets=$$($(GO) test -list '^Fuzz' ./...); echo "$$targets" | awk '/^Fuzz/ {names[++n] = $$1} $$1 == "ok" {for (i = 1; i <= n; i++) print $$2, names[i]; n = 0}' | \
+	while read package name; do \
+	  echo "fuzz $$package $$name"; $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) $$package; \
+	done
+
+bench: build ## measure against the kernel: ROUNDS=3 ROWS=regexp; writes bin/bench.json
+	$(GO) run ./cmd/internal/bench -rounds $(ROUNDS) -rows '$(ROWS)' -json $(BIN)/bench.json
+
+ci: export CI = true
+ci: lint arch ## what must hold before a change goes in; .ci/run calls this
+	$(MAKE) test TESTFLAGS='-count=1 -timeout 15m'
+	$(MAKE) race TESTFLAGS='-count=1 -timeout 15m'
+	$(MAKE) fuzz
+	$(MAKE) demo
+	@[ "$$(id -u)" != 0 ] || $(MAKE) demo-nobody
+
+# The demo as an ordinary user, while /dev/net/tun is open to one. The tree
+# may be closed to that user: run a copy.
+demo-nobody:
+	@set -e; mode=$$(stat -c %a /dev/net/tun); dir=$$(mktemp -d); \
+	trap 'chmod '$$mode' /dev/net/tun; rm -rf '$$dir EXIT; trap 'exit 130' INT TERM; \
+	chmod 0666 /dev/net/tun; chmod 0755 $$dir; install -m 0755 $(BIN)/ztun $(BIN)/ztun-proxy $$dir/; \
+	echo "$$dir/ztun lab demo (as uid 65534)"; cd /; $(NOBODY) $$dir/ztun lab demo
+
+image: ## build the image FROM scratch with docker
+	@command -v docker >/dev/null || { echo "building an image needs docker (https://docs.docker.com/engine/install/)" >&2; exit 1; }
+	@docker info >/dev/null 2>&1 || { echo "docker is installed but its daemon does not answer: sudo systemctl start docker" >&2; exit 1; }
+	docker build --build-arg VERSION=$(VERSION) -t $(IMAGE):$(VERSION) .
+
+clean: ## remove bin/
+	rm -rf $(BIN)
