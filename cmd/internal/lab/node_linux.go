@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,6 +23,7 @@ const (
 	controlPort = 15012
 	// tokenEvery is how often nodes get a new token; one is good for longer.
 	tokenEvery = time.Hour
+	rootsEvery = 2 * time.Second
 	// systemNamespace is where a mesh's own parts are.
 	systemNamespace = "istio-system"
 )
@@ -130,25 +132,39 @@ func (s *supervisor) credentials(ctx context.Context, n *node) error {
 	if err := replaceFile(filepath.Join(n.dir, "token"), out, 0o600, s.proxyUID()); err != nil {
 		return err
 	}
+	return s.trust(n)
+}
+
+// trust gives a node the roots as they are now.
+func (s *supervisor) trust(n *node) error {
 	roots, err := os.ReadFile(filepath.Join(controlState, "root-cert.pem"))
 	if err != nil {
 		return fmt.Errorf("lab: roots: %w", err)
 	}
-	return replaceFile(filepath.Join(n.dir, "root-cert.pem"), roots, 0o644, 0)
+	path := filepath.Join(n.dir, "root-cert.pem")
+	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, roots) {
+		return nil
+	}
+	return replaceFile(path, roots, 0o644, 0)
 }
 
-// renewCredentials does so for every node from time to time.
+// renewCredentials gives every node a new token from time to time, and roots
+// that were rotated soon.
 func (s *supervisor) renewCredentials() {
-	tick := time.NewTicker(tokenEvery)
-	defer tick.Stop()
+	tokens, roots := time.NewTicker(tokenEvery), time.NewTicker(rootsEvery)
+	defer tokens.Stop()
+	defer roots.Stop()
 	for {
+		renew := s.trust
 		select {
-		case <-tick.C:
+		case <-tokens.C:
+			renew = func(n *node) error { return s.credentials(s.ctx, n) }
+		case <-roots.C:
 		case <-s.ctx.Done():
 			return
 		}
 		for _, n := range s.snapshotNodes() {
-			if err := s.credentials(s.ctx, n); err != nil {
+			if err := renew(n); err != nil {
 				fmt.Fprintf(&s.log, "%v\n", err)
 			}
 		}
