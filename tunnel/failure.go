@@ -3,11 +3,13 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
 	"syscall"
 
 	"github.com/ztun/ztun/tunnel/h2"
 	"github.com/ztun/ztun/tunnel/hbone"
+	"github.com/ztun/ztun/tunnel/splice"
 	"github.com/ztun/ztun/xds/mesh"
 )
 
@@ -64,6 +66,9 @@ func connectReason(err error) Reason {
 		}
 		return PeerTimeout
 	case hbone.StageHandshake:
+		if errors.Is(err, splice.ErrReset) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return TunnelLost
+		}
 		return TLSFailed
 	}
 	switch {

@@ -40,7 +40,7 @@ func (e verdictError) Error() string { return string(e) }
 // checkLive begins to check every inbound connection against the current
 // policies, if they or the workload have changed.
 func (p *Pod) checkLive() {
-	s := &p.self
+	s := p.self
 	r := &p.recheck
 	if r.subject == s.workload && r.snapshot == s.version {
 		return

@@ -160,7 +160,7 @@ type Pod struct {
 	watching sync.WaitGroup
 
 	// Owned by the loop.
-	self     self
+	self     *self
 	awaiting map[*await]struct{} // who wait for the workload
 	conns    map[*conn]struct{}
 	pending  int
@@ -197,6 +197,7 @@ func NewPod(cfg Config) (*Pod, error) {
 		quit:     make(chan struct{}),
 		awaiting: make(map[*await]struct{}),
 		conns:    make(map[*conn]struct{}),
+		self:     &self{},
 	}
 	p.certs = hbone.NewCertificates(p.loop, cfg.Certs, cfg.Timeouts.Certificate)
 	p.pool = hbone.NewPool(hbone.PoolConfig{

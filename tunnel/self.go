@@ -10,7 +10,7 @@ import (
 	"github.com/ztun/ztun/xds/mesh"
 )
 
-// self is what the pod knows of itself, as of one snapshot.
+// self is what the pod knows of itself, as of one snapshot. It is immutable.
 type self struct {
 	snap     *mesh.Snapshot
 	workload *mesh.Workload // nil until the control plane has told
@@ -22,21 +22,22 @@ type self struct {
 
 // refresh reads the current snapshot, which is where every decision starts.
 func (p *Pod) refresh() *self {
-	s := &p.self
+	old := p.self
 	snap := p.cfg.Mesh.Snapshot()
-	if snap == s.snap {
-		return s
+	if snap == old.snap {
+		return old
 	}
 	key := p.cfg.Workload
-	w := snap.Local(key.Name, key.Namespace, key.ServiceAccount)
-	if w != nil && (w != s.workload || s.version != snap.PolicyVersion) {
-		s.policies, s.missing = snap.Policies(w)
-		s.version = snap.PolicyVersion
+	s := &self{snap: snap, workload: snap.Local(key.Name, key.Namespace, key.ServiceAccount), version: snap.PolicyVersion}
+	switch {
+	case s.workload == nil:
+	case s.workload == old.workload && s.version == old.version:
+		s.baggage, s.policies, s.missing = old.baggage, old.policies, old.missing
+	default:
+		s.baggage = baggageOf(s.workload).String()
+		s.policies, s.missing = snap.Policies(s.workload)
 	}
-	if w != nil && w != s.workload {
-		s.baggage = baggageOf(w).String()
-	}
-	s.snap, s.workload = snap, w
+	p.self = s
 	return s
 }
 

@@ -20,6 +20,7 @@ import (
 	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/certs/certstest"
 	"github.com/ztun/ztun/tunnel/hbone"
+	"github.com/ztun/ztun/tunnel/hbone/hbonetest"
 	"github.com/ztun/ztun/tunnel/identity"
 	"github.com/ztun/ztun/tunnel/splice"
 	"github.com/ztun/ztun/tunnel/splice/splicetest"
@@ -36,7 +37,7 @@ var (
 type tlsPair struct {
 	loop    *splicetest.Loop
 	shakes  *hbone.Handshakes
-	wire    *wire
+	wire    *hbonetest.Conn
 	foreign *tls.Conn
 	ours    *hbone.TLS
 }
@@ -380,10 +381,7 @@ func TestTLSAnswersKeyUpdateWithoutAWrite(t *testing.T) {
 		collect(loop, ours)
 		_, _ = wire.Write(sealRecord(t, keys.secrets["CLIENT_TRAFFIC_SECRET_0"], []byte{24, 0, 0, 1, 1}))
 		synctest.Wait()
-		wire.mu.Lock()
-		answered := len(wire.in)
-		wire.mu.Unlock()
-		if answered == 0 {
+		if wire.Buffered() == 0 {
 			t.Fatal("no KeyUpdate came back")
 		}
 		loop.Do(func() { _, _ = ours.Write([]byte("under the next key")) })
