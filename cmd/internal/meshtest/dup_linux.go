@@ -1,0 +1,23 @@
+package meshtest
+
+import (
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// dup shares a descriptor without touching its flags.
+func dup(f *os.File) (*os.File, error) {
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	fd, errno := -1, error(nil)
+	if err := rc.Control(func(old uintptr) { fd, errno = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
+		return nil, err
+	}
+	if errno != nil {
+		return nil, os.NewSyscallError("dup", errno)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil
+}
