@@ -123,8 +123,10 @@ func (m *Manager) Run(ctx context.Context) error {
 	var fetches sync.WaitGroup
 	defer fetches.Wait()
 	defer m.close()
+	// Not ctx: waiters are to hear ErrClosed, and not of a fetch that failed.
+	fetchCtx := context.WithoutCancel(ctx)
 	for {
-		timer := time.NewTimer(m.dispatch(ctx, &fetches))
+		timer := time.NewTimer(m.dispatch(fetchCtx, &fetches))
 		select {
 		case <-ctx.Done():
 			timer.Stop()

@@ -66,6 +66,17 @@ func (c *Certificate) newServerTLS() *tls.Config {
 	cfg.ClientAuth = tls.RequireAndVerifyClientCert
 	cfg.ClientCAs = c.roots
 	cfg.VerifyConnection = c.verifyClient
+	// A client that offers protocols has to offer ours. crypto/tls lets one
+	// with nothing but http/1.1 pass as if it had offered none; a name that
+	// nobody offers makes it answer with the alert that is due.
+	none := cfg.Clone()
+	none.NextProtos = []string{"no " + ALPN + " offered"}
+	cfg.GetConfigForClient = func(hello *tls.ClientHelloInfo) (*tls.Config, error) {
+		if offers := hello.SupportedProtos; len(offers) > 0 && !slices.Contains(offers, ALPN) {
+			return none, nil
+		}
+		return nil, nil
+	}
 	return cfg
 }
 
