@@ -71,7 +71,9 @@ func (p *Pod) checkSome() {
 		}
 		s := p.refresh()
 		if s.workload == nil {
-			break
+			// onMesh is about to cut everything.
+			r.queue = nil
+			return
 		}
 		if why, err := c.allowed(s); why != OK {
 			p.stats.Cut.Add(1)

@@ -27,8 +27,9 @@ func (d Direction) String() string {
 }
 
 // A Record is what there is to tell of one connection. The fields above
-// Duration are set before it is first handed out and never change; those below
-// are set before Closed or Failed.
+// Duration are set before it is first handed out; of these only DstIdentity may
+// change, once the peer has proven another of those it may have. The fields
+// from Duration on are set before Closed or Failed.
 type Record struct {
 	Direction Direction
 	Start     time.Time

@@ -58,8 +58,8 @@ type Handshakes struct {
 
 // HandshakesConfig bounds Handshakes. A zero field means its default.
 type HandshakesConfig struct {
-	Workers int           // at once; 256
-	Queue   int           // waiting for a worker; 1024
+	Workers int           // at once; 1024
+	Queue   int           // waiting for a worker; 4096
 	Timeout time.Duration // of each, from its start; 10 s
 }
 
@@ -67,10 +67,10 @@ type HandshakesConfig struct {
 // and keeps them until Close.
 func NewHandshakes(cfg HandshakesConfig) *Handshakes {
 	if cfg.Workers <= 0 {
-		cfg.Workers = 256
+		cfg.Workers = 1024
 	}
 	if cfg.Queue <= 0 {
-		cfg.Queue = 1024
+		cfg.Queue = 4096
 	}
 	if cfg.Timeout <= 0 {
 		cfg.Timeout = 10 * time.Second

@@ -31,6 +31,7 @@ type ServerConfig struct {
 
 	MaxConns      int // open connections; 2048
 	MaxHandshakes int // of them before the end of the TLS handshake; 64
+	MaxPerSource  int // of those from one address; a quarter of MaxHandshakes
 }
 
 // A Server speaks HBONE on the connections it is given. It serves one pod.
@@ -38,6 +39,7 @@ type Server struct {
 	cfg        ServerConfig
 	conns      map[*serverConn]struct{}
 	handshakes int
+	sources    map[netip.Addr]int // handshakes by address
 	drain      bool
 	closed     bool
 	stats      ServerStats
@@ -60,7 +62,10 @@ func NewServer(cfg ServerConfig) *Server {
 	if cfg.MaxHandshakes <= 0 {
 		cfg.MaxHandshakes = 64
 	}
-	return &Server{cfg: cfg, conns: make(map[*serverConn]struct{})}
+	if cfg.MaxPerSource <= 0 {
+		cfg.MaxPerSource = max(1, cfg.MaxHandshakes/4)
+	}
+	return &Server{cfg: cfg, conns: make(map[*serverConn]struct{}), sources: make(map[netip.Addr]int)}
 }
 
 // Stats returns the counters.
@@ -69,7 +74,7 @@ func (s *Server) Stats() *ServerStats { return &s.stats }
 // Serve takes over a connection that remote opened to local.
 func (s *Server) Serve(end splice.End, remote, local netip.AddrPort) {
 	c := &serverConn{server: s, remote: canonical(remote), local: canonical(local)}
-	if err := s.admit(); err != nil {
+	if err := s.admit(c.remote.Addr()); err != nil {
 		end.Reset(err)
 		end.Close()
 		if s.cfg.Failed != nil {
@@ -78,21 +83,20 @@ func (s *Server) Serve(end splice.End, remote, local netip.AddrPort) {
 		return
 	}
 	s.conns[c] = struct{}{}
-	s.handshakes++
-	s.count()
+	s.handshaking(c, 1)
 	c.end = end
 	if stop := s.cfg.TLS(c.handshake); c.end != nil {
 		c.stop = stop
 	}
 }
 
-func (s *Server) admit() error {
+func (s *Server) admit(source netip.Addr) error {
 	switch {
 	case s.closed:
 		return ErrClosed
 	case s.drain:
 		return ErrDraining
-	case len(s.conns) >= s.cfg.MaxConns || s.handshakes >= s.cfg.MaxHandshakes:
+	case len(s.conns) >= s.cfg.MaxConns, s.handshakes >= s.cfg.MaxHandshakes, s.sources[source] >= s.cfg.MaxPerSource:
 		s.stats.Limited.Add(1)
 		return ErrLimit
 	}
@@ -120,6 +124,16 @@ func (s *Server) Close() {
 		c.abort()
 		c.gone()
 	}
+}
+
+// handshaking counts the handshakes under way.
+func (s *Server) handshaking(c *serverConn, n int) {
+	from := c.remote.Addr()
+	s.handshakes += n
+	if s.sources[from] += n; s.sources[from] <= 0 {
+		delete(s.sources, from)
+	}
+	s.count()
 }
 
 func (s *Server) count() {
@@ -189,8 +203,7 @@ func (c *serverConn) fail(err error) {
 
 func (c *serverConn) serve(t *TLS) {
 	s := c.server
-	s.handshakes--
-	s.count()
+	s.handshaking(c, -1)
 	cfg := s.cfg.H2
 	cfg.Client = false
 	cfg.OnStream = c.onStream
@@ -208,10 +221,10 @@ func (c *serverConn) gone() {
 	}
 	c.ended = true
 	s := c.server
-	if c.h2 == nil {
-		s.handshakes--
-	}
 	delete(s.conns, c)
+	if c.h2 == nil {
+		s.handshaking(c, -1)
+	}
 	s.count()
 }
 
