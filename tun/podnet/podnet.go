@@ -17,7 +17,6 @@
 package podnet
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -45,7 +44,7 @@ type Config struct {
 	VirtualInterfaces []string
 	// Recheck is how often Watch reads everything back without being told of a change. Default 10 s.
 	Recheck time.Duration
-	// OnChange, if set, is called by Watch, on its goroutine, when what the proxy must know has changed.
+	// OnChange, if set, is called by Watch, on its goroutine, when what the proxy must know, or the State, has changed.
 	OnChange func(Change)
 	// Logger is told of repairs. Default: none.
 	Logger *slog.Logger
@@ -113,61 +112,3 @@ func (e *SocketsError) Error() string {
 	}
 	return fmt.Sprintf("podnet: capture stays: %d proxied sockets %s (one is %v to %v)", len(e.Left), why, e.Left[0].Local, e.Left[0].Remote)
 }
-
-var errTodo = errors.New("podnet: not there yet")
-
-// OpenNetns opens a namespace by path (/proc/PID/ns/net, /run/netns/NAME). The error is ErrGone if there is none.
-func OpenNetns(path string) (*os.File, error) { return nil, errTodo }
-
-// Attachment is one pod on its device.
-type Attachment struct {
-	// File is the packet descriptor, blocking, of which the caller is the owner. Nil after a Resume while somebody reads the device.
-	File *os.File
-	// Offload says that super-segments and partial checksums cross File. False without File.
-	Offload bool
-}
-
-// Attach captures the pod. prev is what an earlier Attachment of this namespace left, or nil. Attaching twice, or again with
-// another Config, ends in the same state as doing it once. The error matches tun.ErrBusy if somebody reads the device
-// already, and is a *CollisionError if the namespace has rules or routes in the way; in both cases nothing was changed.
-// On any other error what was done is undone, unless capture was in force before.
-func Attach(ctx context.Context, ns *os.File, cfg Config, prev *State) (*Attachment, error) {
-	return nil, errTodo
-}
-
-// Resume is Attach for an agent that was started again: a device that a proxy reads stays with it, and File is nil.
-func Resume(ctx context.Context, ns *os.File, cfg Config, prev State) (*Attachment, error) {
-	return nil, errTodo
-}
-
-// Detach ends capture. When nothing can be captured anew it calls resetProxied (which may be nil), by the end of which the
-// proxy must refuse new flows and have reset both legs of the old ones, then destroys every TCP socket of the pod that is
-// neither loopback's nor listening nor older than capture, and only then takes rules, routes, sysctls and device away. It does nothing
-// where nothing is attached or ns is nil (ErrGone). A *SocketsError leaves capture in force.
-func Detach(ctx context.Context, ns *os.File, st State, resetProxied func(context.Context) error) error {
-	return errTodo
-}
-
-// Addrs are the pod's addresses, link-local IPv6 and loopback left out, in the order of the kernel.
-func (a *Attachment) Addrs() []netip.Addr { return nil }
-
-// MTU is the smallest MTU of the pod's interfaces: the largest packet that leaves the pod whole.
-func (a *Attachment) MTU() uint32 { return 0 }
-
-// Older are the TCP flows that are older than capture and were still there when the Attachment was made.
-func (a *Attachment) Older() []Flow { return nil }
-
-// State is what a later Attach, Resume or Detach needs. It changes while Watch runs; store it after each OnChange.
-func (a *Attachment) State() State { return State{} }
-
-// Verify reads everything back. The error is a *DriftError if anything differs.
-func (a *Attachment) Verify(ctx context.Context) error { return errTodo }
-
-// Watch repairs whatever changes, until ctx ends (its cause is returned) or the namespace cannot be watched any more.
-func (a *Attachment) Watch(ctx context.Context) error { return errTodo }
-
-// Stats returns the counts so far.
-func (a *Attachment) Stats() Stats { return Stats{} }
-
-// Close lets go of the namespace. It changes nothing in it, and does not close File.
-func (a *Attachment) Close() error { return nil }

@@ -1,6 +1,12 @@
 package podnet
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
+
+// stateVersion changes when an older State would be misread.
+const stateVersion = 1
 
 // State is what an Attachment knows and the kernel does not: keep it, as JSON, across restarts of the agent.
 type State struct {
@@ -16,7 +22,8 @@ type State struct {
 
 	Addrs []netip.Addr `json:"addrs,omitempty"`
 	MTU   uint32       `json:"mtu,omitempty"`
-	Older []Flow       `json:"older,omitempty"`
+	// Older are the flows that are older than capture.
+	Older []Flow `json:"older,omitempty"`
 	// Sysctls are the values found before they were changed, in the order in which they were changed.
 	Sysctls []SavedSysctl `json:"sysctls,omitempty"`
 }
@@ -26,5 +33,15 @@ type SavedSysctl struct {
 	// Path is relative to /proc/sys.
 	Path string `json:"path"`
 	Old  string `json:"old"`
-	New  string `json:"new"`
+	// New is what it was set to. Empty: it was not changed, only noted.
+	New string `json:"new,omitempty"`
+}
+
+func (st *State) clone() State {
+	c := *st
+	c.VirtualInterfaces = slices.Clone(st.VirtualInterfaces)
+	c.Addrs = slices.Clone(st.Addrs)
+	c.Older = slices.Clone(st.Older)
+	c.Sysctls = slices.Clone(st.Sysctls)
+	return c
 }
