@@ -32,17 +32,24 @@ func marshalKey(t *testing.T, key *ecdsa.PrivateKey) []byte {
 // run starts a manager that ends with the test.
 func run(t *testing.T, cfg certs.Config) *certs.Manager {
 	t.Helper()
-	m := certs.NewManager(cfg)
+	m, stop := start(t, cfg)
+	t.Cleanup(stop)
+	return m
+}
+
+// start starts a manager; stop ends it, and returns when all of it has ended.
+func start(t *testing.T, cfg certs.Config) (m *certs.Manager, stop func()) {
+	t.Helper()
+	m = certs.NewManager(cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- m.Run(ctx) }()
-	t.Cleanup(func() {
+	return m, func() {
 		cancel()
 		if err := <-done; err != nil {
 			t.Errorf("Run: %v", err)
 		}
-	})
-	return m
+	}
 }
 
 // gate is a CA that notes what it is asked for and when, and answers when it
