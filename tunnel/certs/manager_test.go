@@ -646,8 +646,9 @@ func TestUnusableRootsAreSkipped(t *testing.T) {
 	a := &answer{CA: certstest.New(), change: func(e [][]byte) [][]byte {
 		return [][]byte{e[0], slices.Concat(bad, e[1], []byte("-----BEGIN CERTIFICATE-----\ncut"))}
 	}}
-	m := run(t, certs.Config{CA: a, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	m, stop := start(t, certs.Config{CA: a, Log: slog.New(slog.NewTextHandler(&log, nil))})
 	cert, err := m.Get(t.Context(), web, certs.RealTime)
+	stop()
 	if err != nil || len(cert.Roots) != 1 {
 		t.Fatalf("Get = %v, %v", cert, err)
 	}
@@ -664,8 +665,10 @@ func TestLeafOfAnotherRootIsLogged(t *testing.T) {
 	a := &answer{CA: certstest.New(), change: func(e [][]byte) [][]byte {
 		return [][]byte{e[0], pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: other.Roots()[0].Raw})}
 	}}
-	m := run(t, certs.Config{CA: a, Log: slog.New(slog.NewTextHandler(&log, nil))})
-	if _, err := m.Get(t.Context(), web, certs.RealTime); err != nil {
+	m, stop := start(t, certs.Config{CA: a, Log: slog.New(slog.NewTextHandler(&log, nil))})
+	_, err := m.Get(t.Context(), web, certs.RealTime)
+	stop()
+	if err != nil {
 		t.Fatal(err)
 	}
 	if !strings.Contains(log.String(), "does not chain") {
