@@ -21,6 +21,10 @@ type table struct {
 // place that a local workload is in; they go when the service's members change.
 const maxTables = 8
 
+// Up to this many endpoints are sorted, so that one Rand gives one choice. The
+// time to sort more would be felt by whoever waits for the first choice.
+const sortUpTo = 64
+
 // A tableCache is replaced as a whole, so it needs no lock. Losing a table to a
 // race costs its making again.
 type tableCache = atomic.Pointer[[]*table]
@@ -98,10 +102,11 @@ func (m *members) newTable(place Place, svc *Service, port uint16) *table {
 		t.endpoints = append(t.endpoints, w)
 	}
 	t.endpoints = slices.Clip(t.endpoints)
-	// One Rand gives one choice, whatever order the map has.
-	slices.SortFunc(t.endpoints, func(a, b *Workload) int {
-		return strings.Compare(a.UID, b.UID)
-	})
+	if len(t.endpoints) <= sortUpTo {
+		slices.SortFunc(t.endpoints, func(a, b *Workload) int {
+			return strings.Compare(a.UID, b.UID)
+		})
+	}
 	t.sums = make([]uint64, len(t.endpoints))
 	var sum uint64
 	for i, w := range t.endpoints {

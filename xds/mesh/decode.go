@@ -31,6 +31,7 @@ var (
 	errLength      = errors.New("prefix length exceeds the address")
 	errPort        = errors.New("port above 65535")
 	errKey         = errors.New("service key without '/'")
+	errNamespace   = errors.New("namespace contains '/'")
 	errDestination = errors.New("gateway without a destination")
 	errLegacy      = errors.New("tunnel protocol LEGACY_ISTIO_MTLS")
 	errEnum        = errors.New("unknown enum value")
@@ -286,6 +287,9 @@ func memberships(in map[string]*workloadapi.PortList) ([]Membership, error) {
 }
 
 func service(p *workloadapi.Service) (*Service, error) {
+	if strings.Contains(p.GetNamespace(), "/") {
+		return nil, errNamespace
+	}
 	s := &Service{
 		ServiceKey:      ServiceKey{shared(p.GetNamespace()), shared(p.GetHostname())},
 		Name:            p.GetName(),

@@ -40,6 +40,7 @@ func TestMalformedResourceRejectsItselfAlone(t *testing.T) {
 		{"application tunnel port", with(func(w *pbWorkload) { w.ApplicationTunnel = &workloadapi.ApplicationTunnel{Port: 1 << 16} }), "application_tunnel: port above"},
 		{"no uid", with(uid("")), "resource name"},
 
+		{"namespace that no removal could name", withSvc(func(s *pbService) { s.Namespace = "a/b" }), "namespace contains"},
 		{"VIP", withSvc(func(s *pbService) { s.Addresses = []*workloadapi.NetworkAddress{{Address: make([]byte, 3)}} }), "addresses: address is neither"},
 		{"prefix length", withSvc(func(s *pbService) {
 			s.Addresses = []*workloadapi.NetworkAddress{{Address: make([]byte, 4), Length: proto.Uint32(33)}}
@@ -75,6 +76,19 @@ func TestMalformedResourceRejectsItselfAlone(t *testing.T) {
 	}
 	if !w.Snapshot().Workload("cluster1//Pod/ns/a").Has(addrOf("10.0.0.1")) {
 		t.Error("the old workload was not kept")
+	}
+}
+
+func TestOneNameIsOneResource(t *testing.T) {
+	w := newWorld(t, Config{})
+	w.put(pod("ns", "a", "10.0.0.1", uid("ns/s.ns")))
+	w.put(svc("ns", "s", at80("10.1.0.1")))
+	if s := w.Snapshot(); s.workloads.len() != 0 || s.services.len() != 1 {
+		t.Errorf("%d workloads and %d services, want the service", s.workloads.len(), s.services.len())
+	}
+	w.put(pod("ns", "a", "10.0.0.1", uid("ns/s.ns")))
+	if s := w.Snapshot(); s.workloads.len() != 1 || s.services.len() != 0 {
+		t.Errorf("%d workloads and %d services, want the workload", s.workloads.len(), s.services.len())
 	}
 }
 

@@ -3,6 +3,7 @@ package mesh
 import (
 	"errors"
 	"slices"
+	"strings"
 )
 
 // maxShared is how many workloads or services may share one address, host name
@@ -48,6 +49,10 @@ func (e *edit) putWorkload(w *Workload) error {
 		}
 	}
 	n := e.next
+	if namespace, hostname, ok := strings.Cut(w.UID, "/"); ok {
+		// One name is one resource, whatever it was before.
+		e.removeService(ServiceKey{namespace, hostname})
+	}
 	n.workloads = n.workloads.set(e.b, w.UID, w)
 	for i := range w.Services {
 		e.join(w.Services[i].Service, w)
@@ -142,6 +147,7 @@ func (e *edit) putService(svc *Service) error {
 	if err := e.fits(svc, old); err != nil {
 		return err
 	}
+	e.removeWorkload(svc.String())
 	n.services = n.services.set(e.b, svc.ServiceKey, svc)
 	n.byHost = replaced(e.b, n.byHost, svc.Hostname, old, svc)
 	if old != nil {
