@@ -93,9 +93,7 @@ func (f *Flow) establish() {
 	keepalive(f.ep)
 	// The proxy reads no ICMP: a path that drops large packets must fragment them.
 	f.ep.SetSockOptInt(tcpip.MTUDiscoverOption, int(tcpip.PMTUDiscoveryDont))
-	if f.size < maxBuffer {
-		f.ep.SocketOptions().SetSendBufferSize(f.size, true)
-	}
+	f.resize()
 }
 
 // lock makes gVisor queue the flow's segments until the batch is finished.
@@ -131,8 +129,9 @@ func (f *Flow) Read(p []byte) (int, error) {
 	res, err := f.ep.Read(&f.sink, tcpip.ReadOptions{})
 	f.sink = nil
 	if err == nil {
-		if int64(f.ep.SocketOptions().GetReceiveBufferSize()) < f.size {
-			f.ep.ModerateRecvBuf(res.Count)
+		// The window is half the buffer: it was about full.
+		if int64(res.Count) >= f.size/4 {
+			f.grow()
 		}
 		return res.Count, nil
 	}
@@ -174,6 +173,9 @@ func (f *Flow) Write(p []byte) (int, error) {
 				return done, splice.ErrAgain
 			}
 		case *tcpip.ErrWouldBlock:
+			if f.grow() {
+				continue
+			}
 			f.source.Reset(nil)
 			return done, splice.ErrAgain
 		case *tcpip.ErrClosedForSend:
@@ -295,7 +297,7 @@ func (f *Flow) release() {
 		return
 	}
 	f.released = true
-	f.stack.unreserve(f.size)
+	f.stack.take(-2 * f.size)
 	f.stack.counters.flows.Add(-1)
 }
 

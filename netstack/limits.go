@@ -15,7 +15,7 @@ type Limits struct {
 	PendingInbound, PendingOutbound int
 	// PendingPerSource is the number of inbound ones of one address. Default 256.
 	PendingPerSource int
-	// Memory is the buffer capacity of all flows of the pod, in bytes. Default 512 MiB.
+	// Memory is the buffer capacity of all flows of the pod, in bytes. Default 1 GiB.
 	Memory int64
 	// Withheld is how long a SYN may wait for its answer. Default 30 s.
 	Withheld time.Duration
@@ -32,7 +32,7 @@ func (l Limits) withDefaults() Limits {
 	set(&l.PendingOutbound, 1024)
 	set(&l.PendingPerSource, 256)
 	if l.Memory == 0 {
-		l.Memory = 512 << 20
+		l.Memory = 1 << 30
 	}
 	if l.Withheld == 0 {
 		l.Withheld = 30 * time.Second
@@ -44,30 +44,58 @@ const (
 	// maxBuffer is each direction's buffer of a flow at most, in bytes: as fast
 	// as 4 MiB on this kind of wire, while 256 KiB halves bulk.
 	maxBuffer = 1 << 20
-	// minBuffer is what a flow gets when the pod's budget is nearly used up.
-	minBuffer = 16 << 10
-	// firstBuffer is what a flow starts with; it grows while it is drained.
-	firstBuffer = 128 << 10
+	// firstBuffer is what a flow starts with while memory is plenty, and
+	// minBuffer what it gets at least.
+	firstBuffer = 64 << 10
+	minBuffer   = 16 << 10
 )
 
+// left is what the pod may still reserve, in bytes.
+func (s *Stack) left() int64 {
+	e := s.reader.engine
+	return min(s.limits.Memory-s.reserved, e.cfg.Memory-e.reserved.Load())
+}
+
 // reserve takes the buffer capacity of one more flow out of the pod's and the
-// process's budget. Each flow may take a 64th of what is left for each
-// direction, so that the last one still gets something and the sum never
-// exceeds the budget. It returns the bytes for one direction, or 0.
+// process's budget: the less is left, the less a flow starts with. It returns
+// the bytes for one direction, or 0 when there is no room.
 func (s *Stack) reserve() int64 {
-	left := min(s.limits.Memory-s.reserved, s.reader.engine.cfg.Memory-s.reader.engine.reserved.Load())
-	size := min(max(left/64, minBuffer), maxBuffer)
+	left := s.left()
+	size := int64(firstBuffer)
+	for size > minBuffer && left < s.limits.Memory/(2*firstBuffer)*size {
+		size /= 2
+	}
 	if 2*size > left {
 		return 0
 	}
-	s.reserved += 2 * size
-	s.reader.engine.reserved.Add(2 * size)
+	s.take(2 * size)
 	return size
 }
 
-func (s *Stack) unreserve(size int64) {
-	s.reserved -= 2 * size
-	s.reader.engine.reserved.Add(-2 * size)
+// take moves n bytes, which may be negative, out of the budgets.
+func (s *Stack) take(n int64) {
+	s.reserved += n
+	s.reader.engine.reserved.Add(n)
+}
+
+// grow doubles the flow's buffers, if an eighth of the budget stays free for
+// new ones. It reports whether it did.
+func (f *Flow) grow() bool {
+	s := f.stack
+	if f.size >= maxBuffer || f.released || s.left()-2*f.size < s.limits.Memory/8 {
+		return false
+	}
+	s.take(2 * f.size)
+	f.size *= 2
+	f.resize()
+	return true
+}
+
+// resize makes gVisor's buffers as large as what was reserved for them. Its
+// own tuning, which knows no budget, is off from then on.
+func (f *Flow) resize() {
+	f.ep.SocketOptions().SetReceiveBufferSize(f.size, true)
+	f.ep.SocketOptions().SetSendBufferSize(f.size, true)
 }
 
 // Stats counts what happened at one pod's device since it was added. All

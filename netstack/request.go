@@ -171,8 +171,8 @@ func (s *Stack) inject(b []byte) {
 
 var errLimit = errors.New("netstack: connection limit reached")
 
-// Accept completes the TCP handshake. done is called on the loop, once, with
-// the flow, or with the error that kept it from being established: the app
+// Accept completes the TCP handshake. done is called on the loop, once and
+// after Accept has returned, with the flow, or with the error that kept it from being established: the app
 // gave up, or a limit was reached (then the app sees a RST). The caller owns
 // the flow.
 func (r *Request) Accept(done func(splice.End, error)) {
@@ -203,7 +203,7 @@ func (r *Request) Accept(done func(splice.End, error)) {
 	if !taken {
 		// The SYN itself is bad, or the forwarder has one of the same tuple.
 		s.counters.badChecksum.Add(1)
-		r.accepted(nil, syscall.ECONNABORTED)
+		s.reader.Post(func() { r.accepted(nil, syscall.ECONNABORTED) })
 		return
 	}
 	r.stop = s.reader.AfterFunc(handshakeTimeout, r.abandon)

@@ -90,6 +90,7 @@ func (s *Stack) configure() error {
 	sack := tcpip.TCPSACKEnabled(true)
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: firstBuffer, Max: maxBuffer}
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: firstBuffer, Max: maxBuffer}
+	// On, so that the window scale of the handshake allows for maxBuffer.
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	reuse := tcpip.TCPTimeWaitReuseGlobal
