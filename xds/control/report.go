@@ -83,13 +83,17 @@ func (r Report) Warnings() int {
 
 // Summary is the report on one line, without its problems.
 func (r Report) Summary() string {
-	c := r.Counts
 	verdict := "serving"
 	if !r.Used {
 		verdict = fmt.Sprintf("not used, %d problem(s)", len(r.Problems)-r.Warnings())
 	}
-	return fmt.Sprintf("%s: %d files, %d pods (%d enrolled), %d services, %d policies, %d ignored, %d warning(s)",
-		verdict, c.Files, c.Pods, c.Enrolled, c.Services, c.Policies, c.Ignored, r.Warnings())
+	return fmt.Sprintf("%s: %v, %d warning(s)", verdict, r.Counts, r.Warnings())
+}
+
+// String is the counts of what was read.
+func (c Counts) String() string {
+	return fmt.Sprintf("%d files, %d pods (%d enrolled), %d services, %d policies, %d ignored",
+		c.Files, c.Pods, c.Enrolled, c.Services, c.Policies, c.Ignored)
 }
 
 func sortProblems(ps []Problem) {

@@ -37,7 +37,7 @@ func Rotate(dir, trustDomain string, step RotationStep, certTTL time.Duration, f
 	setDefault(&trustDomain, "cluster.local")
 	s := stateDir{dir: dir, trustDomain: trustDomain}
 	return s.locked(func() error {
-		as, err := s.loadAuthorities(now)
+		as, err := s.existingAuthorities(now)
 		if err != nil {
 			return err
 		}
@@ -95,16 +95,20 @@ func (as *authorities) rotate(step RotationStep, trustDomain string, certTTL tim
 	return as.validate()
 }
 
+// existingAuthorities is loadAuthorities where making a CA would hide a mistake.
+func (s stateDir) existingAuthorities(now time.Time) (*authorities, error) {
+	if data, err := s.readSecret(fileAuthorities); err != nil || data == nil {
+		return nil, errors.Join(err, fmt.Errorf("control: there is no CA in %s", s.dir))
+	}
+	return s.loadAuthorities(now)
+}
+
 // RotationState describes the roots of a state directory, one a line.
 func RotationState(dir string, now time.Time) (string, error) {
 	s := stateDir{dir: dir}
 	var b strings.Builder
 	err := s.locked(func() error {
-		data, err := s.readSecret(fileAuthorities)
-		if err != nil || data == nil {
-			return errors.Join(err, errors.New("control: there is no CA in this directory"))
-		}
-		as, err := s.loadAuthorities(now)
+		as, err := s.existingAuthorities(now)
 		if err != nil {
 			return err
 		}

@@ -81,9 +81,6 @@ func (sub *subscription) change(req *discovery.DeltaDiscoveryRequest, w *World) 
 	})
 }
 
-// size is what the subscription costs, in names.
-func (sub *subscription) size() int { return len(sub.names) + len(sub.known) }
-
 // wanted are the names of the resources the client wants and that exist.
 func (sub *subscription) wanted(w *World) map[string]bool {
 	wanted := make(map[string]bool)
