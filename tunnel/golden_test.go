@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -34,7 +35,9 @@ type foreign struct {
 	fr   *http2.Framer
 	enc  *hpack.Encoder
 	head bytes.Buffer
-	log  []string // what it received, in the form of golden/hbone.txt
+
+	mu  sync.Mutex
+	log []string // what it received, in the form of golden/hbone.txt
 }
 
 func newForeign(t *testing.T, conn *tls.Conn) *foreign {
@@ -49,11 +52,16 @@ func newForeign(t *testing.T, conn *tls.Conn) *foreign {
 func (f *foreign) read() {
 	for {
 		fr, err := f.fr.ReadFrame()
+		line := "closed"
+		if err == nil {
+			line = describe(fr)
+		}
+		f.mu.Lock()
+		f.log = append(f.log, line)
+		f.mu.Unlock()
 		if err != nil {
-			f.log = append(f.log, "closed")
 			return
 		}
-		f.log = append(f.log, describe(fr))
 	}
 }
 
@@ -110,6 +118,8 @@ func (f *foreign) headers(id uint32, end bool, pairs ...string) {
 func (f *foreign) want(lines ...string) {
 	f.t.Helper()
 	synctest.Wait()
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	for i, want := range lines {
 		if i >= len(f.log) {
 			f.t.Fatalf("frame %d is missing, want %s\ngot\n%s", i, want, strings.Join(f.log, "\n"))
@@ -186,7 +196,9 @@ traceparent: "00-[0-9a-f]{32}-[0-9a-f]{16}-00"`)
 		synctest.Wait()
 		app.want("xyz", "eof")
 		a.last(tunnel.OK)
+		f.mu.Lock()
 		f.log = nil // WINDOW_UPDATEs, or none
+		f.mu.Unlock()
 		time.Sleep(10 * time.Second)
 		f.want(`PING [0-9a-f]{16}`) // after 10 s of silence
 		a.Close()

@@ -248,9 +248,9 @@ func TestOutboundWaitsForItsWorkload(t *testing.T) {
 
 		unknown := w.start("unknown", "10.0.0.3")
 		c = unknown.call("10.0.0.2:80")
-		time.Sleep(5*time.Second - 1)
+		time.Sleep(5*time.Second - time.Nanosecond)
 		c.want("", "pending")
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		synctest.Wait()
 		c.want("", "no route to host")
 		unknown.lastFailed(tunnel.UnknownWorkload)

@@ -394,23 +394,26 @@ func (a *app) reset() {
 // "reset" or the error of its connect.
 func (a *app) want(got, state string) {
 	a.w.t.Helper()
-	var is string
-	switch {
-	case a.refused != nil:
-		is = a.refused.Error()
-	case a.end == nil:
-		is = "pending"
-	case errors.Is(a.err, splice.ErrReset):
-		is = "reset"
-	case a.err != nil:
-		is = a.err.Error()
-	case a.eof:
-		is = "eof"
-	default:
-		is = "open"
-	}
-	if string(a.got) != got || is != state {
-		a.w.t.Errorf("the app got %.80q and is %s, want %.80q and %s", a.got, is, got, state)
+	var is, all string
+	a.w.loop.Do(func() {
+		all = string(a.got)
+		switch {
+		case a.refused != nil:
+			is = a.refused.Error()
+		case a.end == nil:
+			is = "pending"
+		case errors.Is(a.err, splice.ErrReset):
+			is = "reset"
+		case a.err != nil:
+			is = a.err.Error()
+		case a.eof:
+			is = "eof"
+		default:
+			is = "open"
+		}
+	})
+	if all != got || is != state {
+		a.w.t.Errorf("the app got %.80q and is %s, want %.80q and %s", all, is, got, state)
 	}
 }
 

@@ -39,13 +39,19 @@ func (b *bench) wantDials(want int) {
 func (b *bench) wantAll(calls []*call, what error) {
 	b.t.Helper()
 	for i, c := range calls {
-		switch {
-		case !c.done:
+		switch done, err := b.outcome(c); {
+		case !done:
 			b.t.Errorf("call %d has no answer", i)
-		case !errors.Is(c.err, what):
-			b.t.Errorf("call %d: %v, want %v", i, c.err, what)
+		case !errors.Is(err, what):
+			b.t.Errorf("call %d: %v, want %v", i, err, what)
 		}
 	}
+}
+
+// outcome reads a call on the loop.
+func (b *bench) outcome(c *call) (done bool, err error) {
+	b.loop.Do(func() { done, err = c.done, c.err })
+	return done, err
 }
 
 func TestPoolSharesOneConnectionAmongABurst(t *testing.T) {
@@ -163,11 +169,11 @@ func TestPoolDialTimesOut(t *testing.T) {
 		to.Dst = netip.MustParseAddrPort("10.0.0.3:15008")
 		b.loop.Do(func() { b.net.listeners[to.Dst] = nil })
 		calls := b.connect(3, to)
-		time.Sleep(10*time.Second - 1)
-		if calls[0].done {
+		time.Sleep(10*time.Second - time.Nanosecond)
+		if done, _ := b.outcome(calls[0]); done {
 			t.Error("answered too early")
 		}
-		time.Sleep(1)
+		time.Sleep(time.Nanosecond)
 		b.wantAll(waited(calls), syscall.ETIMEDOUT)
 	})
 }
@@ -209,7 +215,7 @@ func TestPoolTellsWhyThePeerRefused(t *testing.T) {
 		if !errors.As(c.err, &status) || *status != (hbone.StatusError{Status: 503, Proxy: hbone.ConnectionRefused}) {
 			t.Errorf("err = %v", c.err)
 		}
-		b.handle = func(in *hbone.Incoming) { in.Refuse(401, "") }
+		b.loop.Do(func() { b.handle = func(in *hbone.Incoming) { in.Refuse(401, "") } })
 		c = waited(b.connect(1, target()))[0]
 		if got, want := c.err.Error(), "http status: 401 Unauthorized"; got != want {
 			t.Errorf("err = %q, want %q", got, want)
@@ -350,8 +356,8 @@ func TestPoolWaitsForTheCertificate(t *testing.T) {
 		b.source.wait = make(chan struct{})
 		delete(b.source.certs, idA)
 		calls := waited(b.connect(3, target()))
-		if calls[0].done {
-			t.Fatalf("answered: %v", calls[0].err)
+		if done, err := b.outcome(calls[0]); done {
+			t.Fatalf("answered: %v", err)
 		}
 		b.source.set(cert)
 		close(b.source.wait)
