@@ -41,7 +41,7 @@ func (c *Conn) openable() error {
 		return c.Err()
 	case !c.cfg.Client || c.away.sent || c.away.received || c.lastID >= 1<<31-1:
 		return ErrGoingAway
-	case c.queued() >= maxPending:
+	case c.queued() > maxPending+bulkFrame+c.cfg.Limits.QueuedControls/2:
 		return ErrNoSlot
 	}
 	return nil

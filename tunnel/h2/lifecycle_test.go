@@ -264,7 +264,7 @@ func TestClose(t *testing.T) {
 				t.Errorf("transport ended with %v", tc.gone)
 			}
 			tc.hangUp()
-			if tc.conn.state != stateClosed {
+			if tc.state() != stateClosed {
 				t.Error("transport was not given back")
 			}
 		})
@@ -277,11 +277,11 @@ func TestLingerHasADeadline(t *testing.T) {
 		tc.greet()
 		tc.do(func() { tc.conn.Close(nil) })
 		pass(lingerTime - 1)
-		if tc.conn.state != stateLinger {
+		if tc.state() != stateLinger {
 			t.Error("did not wait for the peer")
 		}
 		pass(1)
-		if tc.conn.state != stateClosed {
+		if tc.state() != stateClosed {
 			t.Error("still waits for the peer")
 		}
 	})
@@ -291,7 +291,7 @@ func TestLingerHasADeadline(t *testing.T) {
 		for range 100 {
 			tc.raw(make([]byte, 16<<10))
 		}
-		if tc.conn.state != stateClosed {
+		if tc.state() != stateClosed {
 			t.Error("reads on and on")
 		}
 	})

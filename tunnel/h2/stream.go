@@ -46,6 +46,7 @@ var (
 	_ splice.End      = (*Stream)(nil)
 	_ splice.Reserver = (*Stream)(nil)
 	_ splice.Pusher   = (*Stream)(nil)
+	_ splice.Failer   = (*Stream)(nil)
 )
 
 // newStream registers a stream that was opened by either side.
@@ -118,6 +119,14 @@ func (s *Stream) Read(p []byte) (int, error) {
 		return 0, io.EOF
 	}
 	return 0, splice.ErrAgain
+}
+
+// Failure implements splice.Failer.
+func (s *Stream) Failure() error {
+	if s.err == nil || s.endedCleanly() && s.sentEnd {
+		return nil
+	}
+	return s.err
 }
 
 // endedCleanly is for a server that has answered in full and then asks for no

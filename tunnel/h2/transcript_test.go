@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -426,4 +425,7 @@ func pass(d time.Duration) {
 	synctest.Wait()
 }
 
-var _ = io.EOF
+func (tc *testConn) state() (s connState) {
+	tc.do(func() { s = tc.conn.state })
+	return s
+}

@@ -134,7 +134,6 @@ func (c *Conn) wakeWriters() {
 		s.waiting = false
 		s.turn, s.spent, s.grant = o.turn, 0, room/n
 		o.granted += s.grant
-		o.busy++
 		s.poke()
 	}
 	o.waiters = slices.Delete(o.waiters, 0, n)
@@ -174,7 +173,6 @@ func (s *Stream) mayWrite(want int) int {
 	}
 	if s.turn != c.out.turn {
 		s.turn, s.spent, s.grant = c.out.turn, 0, 0
-		c.out.busy++
 	}
 	limit := bulkFrame
 	if max(c.out.busy, c.out.before) > 1 {
@@ -250,6 +248,9 @@ func (s *Stream) sent(n int) {
 	c := s.c
 	s.send -= int64(n)
 	c.send -= int64(n)
+	if s.spent == 0 {
+		c.out.busy++
+	}
 	s.spent += n
 	used := min(n, s.grant)
 	s.grant -= used
