@@ -3,7 +3,6 @@ package mesh
 import (
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
@@ -29,7 +28,7 @@ func (a addresses) Apply(added []xds.Resource, removed []string) []xds.Rejection
 	for i := range added {
 		item, err := s.config.address(&added[i])
 		if err != nil {
-			rejected = append(rejected, s.reject(xds.AddressType, added[i].Name, err))
+			rejected = append(rejected, xds.Rejection{Name: added[i].Name, Err: err})
 			continue
 		}
 		items = append(items, item)
@@ -47,31 +46,25 @@ func (a addresses) Apply(added []xds.Resource, removed []string) []xds.Rejection
 			name, err = v.String(), e.putService(v)
 		}
 		if err != nil {
-			rejected = append(rejected, s.reject(xds.AddressType, name, err))
+			rejected = append(rejected, xds.Rejection{Name: name, Err: err})
 		}
 	}
 	for _, name := range removed {
-		if !e.removeAddress(name) {
-			s.config.Log.Debug("removed resource is not known", "name", name)
-		}
+		e.removeAddress(name)
 	}
 	s.publish(e.next)
 	return rejected
 }
 
-func (s *Store) reject(typeURL, name string, err error) xds.Rejection {
-	s.config.Log.Warn("resource rejected", "type", typeURL, "name", name, slog.Any("error", err))
-	return xds.Rejection{Name: name, Err: err}
-}
-
 // removeAddress drops what a removed name means: a workload's UID, or else a
-// service's namespace/hostname.
-func (e *edit) removeAddress(name string) bool {
+// service's namespace/hostname. A name that is not known is nothing to drop.
+func (e *edit) removeAddress(name string) {
 	if e.removeWorkload(name) {
-		return true
+		return
 	}
-	namespace, hostname, ok := strings.Cut(name, "/")
-	return ok && e.removeService(ServiceKey{namespace, hostname})
+	if namespace, hostname, ok := strings.Cut(name, "/"); ok {
+		e.removeService(ServiceKey{namespace, hostname})
+	}
 }
 
 type authorizations struct{ store *Store }
@@ -88,7 +81,7 @@ func (a authorizations) Apply(added []xds.Resource, removed []string) []xds.Reje
 	for i := range added {
 		entry, err := compile(&added[i])
 		if err != nil {
-			rejected = append(rejected, s.reject(xds.AuthorizationType, added[i].Name, err))
+			rejected = append(rejected, xds.Rejection{Name: added[i].Name, Err: err})
 		}
 		if entry != nil {
 			entries = append(entries, entry)

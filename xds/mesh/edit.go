@@ -194,11 +194,11 @@ func (e *edit) fits(svc, old *Service) error {
 
 // removeService drops the definition; the workloads that name it stay members,
 // so a service that comes back finds its endpoints.
-func (e *edit) removeService(key ServiceKey) bool {
+func (e *edit) removeService(key ServiceKey) {
 	n := e.next
 	old, ok := n.services.get(key)
 	if !ok {
-		return false
+		return
 	}
 	n.services = n.services.remove(e.b, key)
 	n.byHost = dropped(e.b, n.byHost, old.Hostname, old)
@@ -208,7 +208,6 @@ func (e *edit) removeService(key ServiceKey) bool {
 	for _, c := range old.CIDRs {
 		e.setCIDR(c, func(list []*Service) []*Service { return without(list, old) })
 	}
-	return true
 }
 
 func (e *edit) setCIDR(c CIDR, change func([]*Service) []*Service) {

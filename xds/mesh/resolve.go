@@ -22,6 +22,9 @@ func (s *Snapshot) Resolve(src *Workload, dst netip.AddrPort) (Route, error) {
 	return route, nil
 }
 
+// resolve looks for a service before a workload. ztunnel does so to choose the
+// endpoint, but to find the waypoint it asks for a workload first, and so goes
+// around the waypoint of a service that shares its address with a workload.
 func (s *Snapshot) resolve(src *Workload, dst netip.AddrPort) (Route, error) {
 	if svc := s.ServiceByVIP(src.Network, dst.Addr(), src.Namespace); svc != nil {
 		return s.resolveService(src, svc, dst)

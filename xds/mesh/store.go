@@ -3,7 +3,6 @@ package mesh
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
@@ -18,8 +17,6 @@ type Config struct {
 	// Rand returns a random number in [0, n), for n > 0, and may be called from
 	// any goroutine. Default math/rand/v2.
 	Rand func(n uint64) uint64
-	// Log gets what was rejected. Default: nothing is logged.
-	Log *slog.Logger
 }
 
 // A Store holds the current Snapshot and makes the next ones from what the
@@ -45,9 +42,6 @@ func NewStore(config Config) *Store {
 	}
 	if config.Rand == nil {
 		config.Rand = rand.Uint64N
-	}
-	if config.Log == nil {
-		config.Log = slog.New(slog.DiscardHandler)
 	}
 	s := &Store{config: config, watchers: make(map[*Watch]struct{})}
 	s.current.Store(&Snapshot{config: &s.config})
