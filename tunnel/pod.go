@@ -47,7 +47,11 @@ type Mesh interface {
 	Watch() *mesh.Watch
 }
 
-var _ Mesh = (*mesh.Store)(nil)
+var (
+	_ Request = (*netstack.Request)(nil)
+	_ Stack   = (*netstack.Stack)(nil)
+	_ Mesh    = (*mesh.Store)(nil)
+)
 
 // A Prefetcher is a CertSource that can be told which identity is wanted soon.
 type Prefetcher interface{ Prefetch(identity.ID) }

@@ -137,7 +137,7 @@ var effects = [reasons]effect{
 	Limit:           {"limit", "too many connections", flagConnect, 503, hbone.ConnectionLimitReached, netstack.RefuseReset, false},
 	NoCertificate:   {"no-certificate", "identity error: no certificate", "IDENTITY_ERROR", 503, hbone.ProxyInternalError, netstack.RefuseUnreachable, false},
 	Denied:          {"denied", "connection closed due to policy rejection", flagDeny, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
-	PolicyMissing:   {"policy-missing", "connection closed due to policy rejection: a policy has not been delivered", flagDeny, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
+	PolicyMissing:   {"policy-missing", "connection closed due to policy rejection", flagDeny, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
 	Draining:        {"draining", "connection closed due to connection drain", flagNone, 503, hbone.DestinationUnavailable, netstack.RefuseReset, false},
 
 	PolicyChange: {"policy-change", "connection closed due to policy change", flagDeny, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
@@ -153,10 +153,10 @@ var effects = [reasons]effect{
 	TunnelLost:         {"tunnel-lost", "tunnel lost", flagConnect, 503, hbone.ConnectionTerminated, netstack.RefuseUnreachable, false},
 	ConnectFailed:      {"connect-failed", "connection failed", flagConnect, 503, hbone.ProxyInternalError, netstack.RefuseUnreachable, false},
 
-	PeerDenied:      {"peer-denied", "http status: 401 Unauthorized", flagConnect, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
-	PeerRefused:     {"peer-refused", "http status: 503 Service Unavailable", flagConnect, 503, hbone.ConnectionRefused, netstack.RefuseReset, false},
-	PeerUnreachable: {"peer-unreachable", "http status: 503 Service Unavailable", flagConnect, 503, hbone.DestinationIPUnroutable, netstack.RefuseUnreachable, false},
-	PeerAppTimeout:  {"peer-app-timeout", "http status: 503 Service Unavailable", flagConnect, 503, hbone.ConnectionTimeout, netstack.RefuseSilent, false},
+	PeerDenied:      {"peer-denied", "http status", flagConnect, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
+	PeerRefused:     {"peer-refused", "http status", flagConnect, 503, hbone.ConnectionRefused, netstack.RefuseReset, false},
+	PeerUnreachable: {"peer-unreachable", "http status", flagConnect, 503, hbone.DestinationIPUnroutable, netstack.RefuseUnreachable, false},
+	PeerAppTimeout:  {"peer-app-timeout", "http status", flagConnect, 503, hbone.ConnectionTimeout, netstack.RefuseSilent, false},
 	PeerStatus:      {"peer-status", "http status", flagConnect, 503, hbone.ProxyInternalError, netstack.RefuseReset, false},
 
 	ClientReset: {"client-reset", "connection reset by the client", flagNone, 503, hbone.ConnectionTerminated, netstack.RefuseReset, false},

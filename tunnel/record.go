@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/ztun/ztun/tunnel/hbone"
@@ -79,17 +80,29 @@ func (r *Record) Response() uint64 {
 	return r.Sent
 }
 
-// Error returns the access log's error: the reason and its detail, or "".
+// Error returns the access log's error: the reason, with its detail where that
+// says more, or "".
 func (r *Record) Error() string {
-	switch {
-	case r.Reason == OK:
+	if r.Reason == OK {
 		return ""
-	case r.Err == nil:
-		return r.Reason.Text()
-	case r.Reason == PeerDenied, r.Reason == PeerRefused, r.Reason == PeerUnreachable, r.Reason == PeerAppTimeout, r.Reason == PeerStatus:
-		return r.Err.Error() // says the status already
 	}
-	return r.Reason.Text() + ": " + r.Err.Error()
+	text := r.Reason.Text()
+	switch r.Reason {
+	case ConnectRefused, ConnectUnreachable, ConnectTimeout, PeerTimeout:
+		return text
+	}
+	if r.Err == nil {
+		return text
+	}
+	detail := r.Err.Error()
+	switch r.Reason {
+	case PeerDenied, PeerRefused, PeerUnreachable, PeerAppTimeout, PeerStatus:
+		return detail // the status and what it means
+	}
+	if strings.Contains(detail, text) {
+		return detail
+	}
+	return text + ": " + detail
 }
 
 // A Recorder is told of every connection. Its methods run on the pod's loop:
