@@ -2,6 +2,20 @@
 // each pod that is wanted in the mesh, keeps the pod's rules and routes as
 // they must be, and hands the device to the node's proxy over ZDS.
 //
+// # Who holds a device
+//
+// A TUN device has one queue, and one open file of it at a time; every
+// descriptor is a duplicate of that one. The agent keeps one for as long as it
+// runs, though it never reads, and the proxy gets another: when a proxy dies the
+// next one gets the same open device, and nobody else can slip in between. When
+// the agent starts again while a proxy runs, it cannot open the device (it is
+// busy) and tells the proxy to keep it; when that proxy ends, it can. Without
+// either, nobody has the device open and the pod's TCP goes nowhere.
+//
+// A device has one reader at a time: zds.Server sees to that.
+//
+// # Usage
+//
 // It does not know Kubernetes. Whoever does calls Set and Delete:
 //
 //	a, err := agent.New(agent.Config{StateDir: "/var/run/ztun", Socket: "/var/run/ztunnel/ztunnel.sock", Log: log})
@@ -13,8 +27,16 @@ package agent
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/ztun/ztun/cmd/internal/zds"
 )
 
 // A Pod is a pod that is wanted in the mesh.
@@ -86,28 +108,216 @@ const (
 	Detaching Phase = "detaching"
 )
 
+// maxPods bounds the pods of one node.
+const maxPods = 4096
+
 // An Agent attaches pods and serves their devices to proxies.
 type Agent struct {
-	cfg Config
+	// Set by New, read-only after.
+	cfg      Config
+	log      *slog.Logger
+	server   *zds.Server
+	store    *store
+	listener *net.UnixListener
+	turns    chan struct{} // Slots for work in namespaces, which is heavy.
+
+	// mu guards the fields below.
+	mu      sync.Mutex
+	ctx     context.Context // Of Run; nil before.
+	workers map[string]*worker
+	changed chan struct{} // Closed and replaced when a worker's status changed.
+	wg      sync.WaitGroup
 }
 
-// New opens the state of an earlier agent. Run starts the work.
-func New(cfg Config) (*Agent, error) { return &Agent{cfg: cfg}, nil }
+// New opens the state of an earlier agent and the socket. Run starts the work.
+func New(cfg Config) (*Agent, error) {
+	if cfg.StateDir == "" || cfg.Socket == "" {
+		return nil, errors.New("agent: config: StateDir and Socket are required")
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	st, err := openStore(cfg.StateDir)
+	if err != nil {
+		return nil, err
+	}
+	saved, err := st.load()
+	if err != nil {
+		// The rest goes on: a file that cannot be read must not stop the node.
+		cfg.Log.Error("state of an earlier agent", "error", err)
+	}
+	l, err := listen(cfg.Socket, cfg.SocketUID, cfg.SocketGID)
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{
+		cfg: cfg, log: cfg.Log, store: st, listener: l,
+		server:  zds.NewServer(zds.ServerConfig{Log: cfg.Log}),
+		turns:   make(chan struct{}, 4),
+		workers: map[string]*worker{},
+		changed: make(chan struct{}),
+	}
+	for _, s := range saved {
+		a.workers[s.Pod.UID] = newWorker(a, s.Pod, s.State)
+		if s.State == nil {
+			continue
+		}
+		// Before any proxy connects: one that runs the pod must not be told
+		// that it is gone.
+		d := s.Pod.device("", s.State, cfg.NodeAddresses)
+		if err := a.server.Set(s.Pod.workload(d), nil); err != nil {
+			cfg.Log.Error("state of an earlier agent", "pod", s.Pod.String(), "error", err)
+		}
+	}
+	return a, nil
+}
 
 // Run serves proxies and works on pods until ctx ends. It leaves every pod as
-// it is: captured, so that nothing leaves it in plain text.
-func (a *Agent) Run(ctx context.Context) error { <-ctx.Done(); return nil }
+// it is: captured, so that nothing leaves it in plain text. An Agent runs once.
+func (a *Agent) Run(ctx context.Context) error {
+	a.mu.Lock()
+	if a.ctx != nil {
+		a.mu.Unlock()
+		return errors.New("agent: runs already")
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	a.ctx = ctx
+	for _, w := range a.workers {
+		a.startLocked(w)
+	}
+	a.mu.Unlock()
+	a.wg.Go(func() { a.wakeOnChange(ctx) })
+	err := a.server.Serve(ctx, a.listener)
+	cancel()
+	a.wg.Wait()
+	return err
+}
+
+// wakeOnChange makes every worker look at what the proxies did.
+func (a *Agent) wakeOnChange(ctx context.Context) {
+	for {
+		changed := a.server.Changed()
+		a.mu.Lock()
+		for _, w := range a.workers {
+			w.kick()
+		}
+		a.announceLocked()
+		a.mu.Unlock()
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+func (a *Agent) startLocked(w *worker) {
+	ctx := a.ctx
+	a.wg.Go(func() { w.run(ctx) })
+}
+
+func (a *Agent) announceLocked() {
+	close(a.changed)
+	a.changed = make(chan struct{})
+}
+
+func (a *Agent) announce() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.announceLocked()
+}
 
 // Set wants p in the mesh, as it says now. It does not wait.
-func (a *Agent) Set(p Pod) error { return nil }
+func (a *Agent) Set(p Pod) error {
+	if err := p.validate(); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if w := a.workers[p.UID]; w != nil {
+		w.want(&p)
+		return nil
+	}
+	if len(a.workers) >= maxPods {
+		return fmt.Errorf("agent: more than %d pods", maxPods)
+	}
+	w := newWorker(a, p, nil)
+	a.workers[p.UID] = w
+	if a.ctx != nil {
+		a.startLocked(w)
+	}
+	return nil
+}
 
 // Delete wants the pod out of the mesh, and waits until its plumbing is gone
 // or ctx ends. An unknown uid is no error.
-func (a *Agent) Delete(ctx context.Context, uid string) error { return nil }
+func (a *Agent) Delete(ctx context.Context, uid string) error {
+	a.mu.Lock()
+	w := a.workers[uid]
+	if w == nil {
+		a.mu.Unlock()
+		return nil
+	}
+	w.want(nil)
+	for {
+		changed := a.changed
+		gone, again := a.workers[uid] != w, !w.unwanted()
+		a.mu.Unlock()
+		switch {
+		case gone:
+			return nil
+		case again:
+			return fmt.Errorf("agent: detach %s: the pod is wanted again", uid)
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			if text := w.status().Error; text != "" {
+				return fmt.Errorf("agent: detach %s: %s", uid, text)
+			}
+			return fmt.Errorf("agent: detach %s: %w", uid, context.Cause(ctx))
+		}
+		a.mu.Lock()
+	}
+}
 
 // Wait returns once the pod has reached Served, or with the reason why it has
 // not when ctx ends.
-func (a *Agent) Wait(ctx context.Context, uid string) error { return nil }
+func (a *Agent) Wait(ctx context.Context, uid string) error {
+	for {
+		a.mu.Lock()
+		w, changed := a.workers[uid], a.changed
+		a.mu.Unlock()
+		if w == nil {
+			return fmt.Errorf("agent: pod %s is not wanted", uid)
+		}
+		st := w.status()
+		if st.Phase == Served {
+			return nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return fmt.Errorf("agent: pod %s is %s: %s: %w", uid, st.Phase, st.Error, context.Cause(ctx))
+		}
+	}
+}
 
 // Status tells of every pod, in the order of their UIDs.
-func (a *Agent) Status() []Status { return nil }
+func (a *Agent) Status() []Status {
+	a.mu.Lock()
+	all := make([]*worker, 0, len(a.workers))
+	for _, w := range a.workers {
+		all = append(all, w)
+	}
+	a.mu.Unlock()
+	out := make([]Status, 0, len(all))
+	for _, w := range all {
+		out = append(out, w.status())
+	}
+	slices.SortFunc(out, func(x, y Status) int { return strings.Compare(x.Pod.UID, y.Pod.UID) })
+	return out
+}
+
+// Proxies is how many proxies are connected.
+func (a *Agent) Proxies() int { return a.server.Proxies() }

@@ -85,6 +85,12 @@ func clip(text string) string {
 	return strings.ToValidUTF8(text, "")
 }
 
+// Validate reports why w could not be told to a proxy.
+func (w Workload) Validate() error {
+	_, err := encodeRequest(request{kind: kindAdd, workload: w})
+	return err
+}
+
 // encodeRequest refuses what decodeRequest would refuse.
 func encodeRequest(r request) ([]byte, error) {
 	var m zdsapi.WorkloadRequest

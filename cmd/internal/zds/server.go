@@ -57,6 +57,7 @@ type Server struct {
 	procs   []*process    // Those that have connected and not ended.
 	pods    map[string]*serverPod
 	serial  uint64        // Of the last Set.
+	left    uint64        // Proxies that disconnected or ended.
 	changed chan struct{} // Closed and replaced at each change.
 }
 
@@ -65,6 +66,10 @@ type serverPod struct {
 	workload Workload
 	device   *os.File // nil: a proxy holds the only descriptor.
 	serial   uint64   // Grows with each Set.
+
+	// stale says that the older flows must be looked at again before another
+	// proxy gets the device: one may have ended, and a proxied one taken its tuple.
+	stale bool
 
 	reader *process // Who may be reading device; nil: nobody.
 	acked  uint64   // The serial that the reader took.
@@ -83,7 +88,7 @@ func NewServer(cfg ServerConfig) *Server {
 // it is nil when the pod's proxy already has the only descriptor, and the pod
 // is to be kept. Set does not wait: State tells what came of it.
 func (s *Server) Set(w Workload, device *os.File) error {
-	if _, err := encodeRequest(request{kind: kindAdd, workload: w}); err != nil {
+	if err := w.Validate(); err != nil {
 		if device != nil {
 			_ = device.Close()
 		}
@@ -106,25 +111,35 @@ func (s *Server) Set(w Workload, device *os.File) error {
 		_ = p.device.Close()
 	}
 	s.serial++
-	p.workload, p.device, p.serial, p.nack = w, device, s.serial, ""
+	p.workload, p.device, p.serial, p.nack, p.stale = w, device, s.serial, "", false
 	s.markLocked(w.UID)
 	return nil
 }
 
-// Update says something else of a pod whose device stays as it is. It reports
-// whether the pod is set with a device that the Server holds.
+// Update says something else of a pod whose open device stays as it is: the
+// device's ID and Offload are kept. It reports whether the pod is set with a
+// device that the Server holds; if not, nothing changes.
 func (s *Server) Update(w Workload) (bool, error) {
-	if _, err := encodeRequest(request{kind: kindAdd, workload: w}); err != nil {
-		return false, err
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := s.pods[w.UID]
 	if p == nil || p.device == nil {
 		return false, nil
 	}
-	s.serial++
-	p.workload, p.serial, p.nack = w, s.serial, ""
+	if w.Device != nil && p.workload.Device != nil {
+		d := *w.Device
+		d.ID, d.Offload = p.workload.Device.ID, p.workload.Device.Offload
+		w.Device = &d
+	}
+	if err := w.Validate(); err != nil {
+		return false, err
+	}
+	p.stale = false
+	if !w.Equal(p.workload) {
+		s.serial++
+		p.serial, p.nack = s.serial, ""
+	}
+	p.workload = w
 	s.markLocked(w.UID)
 	return true, nil
 }
@@ -163,8 +178,12 @@ type State struct {
 	Set    bool // The pod is set.
 	Device bool // The Server holds its device.
 	Served bool // A proxy took it as last described.
+	Stale  bool // No proxy gets it before Update (or Set) has said which older flows are left.
 	Reader int  // The PID of the proxy that may read the device; 0: none, or not visible.
-	Err    error
+	// Departures grows when any proxy disconnects or ends: whoever had the only
+	// descriptor of a device may have closed it.
+	Departures uint64
+	Err        error
 }
 
 // State tells how it stands with a pod. Err is ErrNoProxy, the reason of a
@@ -174,9 +193,9 @@ func (s *Server) State(uid string) State {
 	defer s.mu.Unlock()
 	p := s.pods[uid]
 	if p == nil {
-		return State{}
+		return State{Departures: s.left}
 	}
-	st := State{Set: true, Device: p.device != nil}
+	st := State{Departures: s.left, Set: true, Device: p.device != nil, Stale: p.stale}
 	if p.reader != nil {
 		st.Reader = p.reader.pid
 		st.Served = p.acked == p.serial
@@ -304,11 +323,13 @@ func (s *Server) endLocked(p *process) {
 		return
 	}
 	p.gone = true
+	s.left++
 	p.close()
 	s.procs = slices.DeleteFunc(s.procs, func(o *process) bool { return o == p })
 	for uid, pod := range s.pods {
 		if pod.reader == p {
 			pod.reader, pod.acked, pod.nack = nil, 0, ""
+			pod.stale = pod.workload.Device != nil && len(pod.workload.Device.OlderFlows) > 0
 			s.markLocked(uid)
 		}
 	}
@@ -321,6 +342,7 @@ func (s *Server) remove(c *serverConn) {
 	defer s.mu.Unlock()
 	s.conns = slices.DeleteFunc(s.conns, func(o *serverConn) bool { return o == c })
 	c.proc.conns--
+	s.left++
 	if c.proc.pidfd == nil && c.proc.conns == 0 {
 		// Nothing will tell us of the process' end. Its connection must do.
 		s.endLocked(c.proc)

@@ -245,6 +245,12 @@ func TestServerOneReader(t *testing.T) {
 	a.want(kindSnapshotSent, "", "")
 
 	kill(first)
+	// Which older flows are left must be known before another proxy forwards them.
+	eventually(t, "stale", func() bool { return st.server.State("u").Stale })
+	st.wantNothing(b)
+	if ok, err := st.server.Update(fullWorkload("u")); !ok || err != nil {
+		t.Fatalf("Update = %v, %v", ok, err)
+	}
 	if got := b.want(kindAdd, "u", ""); got != ino {
 		t.Errorf("the second proxy got inode %d, want %d", got, ino)
 	}
@@ -261,6 +267,10 @@ func TestServerUnwatchableProcessEndsWithItsConnection(t *testing.T) {
 	b.want(kindKeep, "u", "")
 	b.want(kindSnapshotSent, "", "")
 	_ = a.conn.Close()
+	eventually(t, "stale", func() bool { return st.server.State("u").Stale })
+	if _, err := st.server.Update(fullWorkload("u")); err != nil {
+		t.Fatal(err)
+	}
 	b.want(kindAdd, "u", "")
 }
 

@@ -193,7 +193,7 @@ func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 		return job{req: request{kind: kindDel, workload: Workload{UID: uid}}}, true
 	case p == nil:
 		return job{}, false
-	case p.device != nil && c.server.targetLocked(p) == c:
+	case p.device != nil && !p.stale && c.server.targetLocked(p) == c:
 		if told && serial == p.serial {
 			return job{}, false
 		}

@@ -1,0 +1,432 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/ztun/ztun/cmd/internal/zds"
+	"github.com/ztun/ztun/tun"
+	"github.com/ztun/ztun/tun/podnet"
+)
+
+const (
+	retryMin = 200 * time.Millisecond
+	retryMax = 15 * time.Second
+	// reopenEvery is how often a device that a proxy holds alone is tried.
+	reopenEvery = 5 * time.Second
+	// workTimeout bounds one piece of work in a namespace. Detach may have to
+	// wait for sockets.
+	workTimeout = 30 * time.Second
+)
+
+// A worker brings one pod to where it is wanted, and keeps it there. run is
+// the only goroutine that touches the namespace, but for Watch.
+type worker struct {
+	agent *Agent
+	uid   string
+	log   *slog.Logger
+	wake  chan struct{} // One slot.
+
+	// Owned by run.
+	attached   *attachment
+	current    Pod    // What attached was made for, or the state of an earlier agent.
+	departures uint64 // When the device was last tried.
+	failures   int
+
+	// mu guards the fields below.
+	mu      sync.Mutex
+	wanted  *Pod // nil: out of the mesh.
+	last    Pod  // As last wanted, for the status.
+	state   *podnet.State
+	phase   Phase
+	err     string
+	live    *podnet.Attachment // That of attached.
+	repairs uint64             // Of earlier attachments.
+}
+
+// attachment is a pod that is captured.
+type attachment struct {
+	*podnet.Attachment
+	ns      *os.File
+	stop    context.CancelFunc // Ends Watch.
+	watched sync.WaitGroup
+}
+
+func newWorker(a *Agent, p Pod, st *podnet.State) *worker {
+	w := &worker{
+		agent: a, uid: p.UID, log: a.log.With("pod", p.String(), "uid", p.UID),
+		wake: make(chan struct{}, 1), wanted: &p, last: p, state: st, phase: Attaching,
+	}
+	if st != nil {
+		w.current, w.phase = p, Attached
+	}
+	return w
+}
+
+func (w *worker) kick() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// want sets the goal: nil is out of the mesh.
+func (w *worker) want(p *Pod) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.wanted = p
+	if p != nil {
+		w.last = *p
+	} else {
+		w.phase = Detaching
+	}
+	w.kick()
+}
+
+func (w *worker) unwanted() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.wanted == nil
+}
+
+// status puts together what the worker, podnet and the server know.
+func (w *worker) status() Status {
+	st := w.agent.server.State(w.uid)
+	w.mu.Lock()
+	live := w.live
+	w.mu.Unlock()
+	repairs := repairsOf(live) // May wait for work in the namespace.
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	s := Status{Pod: w.last, Phase: w.phase, Held: st.Device, Repairs: w.repairs + repairs, Error: w.err}
+	if w.state != nil {
+		s.Addresses, s.MTU = w.state.Addrs, w.state.MTU
+	}
+	if s.Phase == Attached {
+		if st.Served {
+			s.Phase = Served
+		}
+		if s.Error == "" && st.Err != nil {
+			s.Error = st.Err.Error()
+		}
+	}
+	return s
+}
+
+func repairsOf(a *podnet.Attachment) (n uint64) {
+	if a != nil {
+		for _, count := range a.Stats().Repairs {
+			n += count
+		}
+	}
+	return n
+}
+
+// run works until ctx ends or the pod is out of the mesh.
+func (w *worker) run(ctx context.Context) {
+	defer func() {
+		if ns := w.drop(); ns != nil {
+			_ = ns.Close()
+		}
+	}()
+	for {
+		wait := w.step(ctx)
+		if ctx.Err() != nil || wait < 0 {
+			return
+		}
+		t := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+		case <-w.wake:
+		case <-t.C:
+		}
+		t.Stop()
+	}
+}
+
+// step does what is to be done now. It returns when to look again at the
+// latest; less than zero: never, the pod is gone.
+func (w *worker) step(ctx context.Context) time.Duration {
+	w.mu.Lock()
+	wanted := w.wanted
+	w.mu.Unlock()
+	var done bool
+	err := w.turn(ctx, func(ctx context.Context) (err error) {
+		if wanted == nil {
+			done, err = w.detach(ctx)
+			return err
+		}
+		return w.attach(ctx, *wanted)
+	})
+	if done {
+		return -1
+	}
+	w.note(err)
+	if err == nil {
+		w.failures = 0
+		return reopenEvery
+	}
+	if ctx.Err() == nil {
+		w.log.Warn("pod is not where it is wanted; trying on", "error", err)
+	}
+	w.failures = min(w.failures+1, 10)
+	return min(retryMin<<(w.failures-1), retryMax)
+}
+
+// turn runs work when few others do, for a bounded time.
+func (w *worker) turn(ctx context.Context, work func(context.Context) error) error {
+	select {
+	case w.agent.turns <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-w.agent.turns }()
+	ctx, cancel := context.WithTimeout(ctx, workTimeout)
+	defer cancel()
+	return work(ctx)
+}
+
+// note makes the outcome of a step visible.
+func (w *worker) note(err error) {
+	w.mu.Lock()
+	w.err = ""
+	if err != nil {
+		w.err = err.Error()
+	}
+	w.mu.Unlock()
+	w.agent.announce()
+}
+
+// attach brings the pod, in whatever state it is, to be captured as p says and
+// known to the proxies.
+func (w *worker) attach(ctx context.Context, p Pod) error {
+	st := w.agent.server.State(w.uid)
+	same := w.attached != nil && w.current.equal(&p)
+	if same && st.Set && !st.Stale && (st.Device || st.Departures == w.departures) {
+		return nil
+	}
+	w.departures = st.Departures
+	ns := w.drop()
+	if ns != nil && w.current.Netns != p.Netns {
+		// The pod has another namespace; the first is gone or going.
+		_ = ns.Close()
+		ns = nil
+		w.setState(nil)
+	}
+	a, err := w.capture(ctx, ns, p)
+	if err != nil {
+		return err
+	}
+	told := w.current
+	w.current = p
+	if err := w.offer(ctx, a, p, told); err != nil {
+		_ = a.ns.Close()
+		_ = a.Close()
+		return err
+	}
+	w.attached = a
+	w.mu.Lock()
+	w.live = a.Attachment
+	if w.wanted != nil {
+		w.phase = Attached
+	}
+	w.mu.Unlock()
+	watchCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
+	a.stop = stop
+	a.watched.Go(func() { w.watch(watchCtx, a) })
+	return nil
+}
+
+// drop lets go of the attachment, if there is one; the pod stays captured. It
+// returns the namespace, which is the caller's.
+func (w *worker) drop() *os.File {
+	a := w.attached
+	if a == nil {
+		return nil
+	}
+	w.attached = nil
+	a.stop()
+	a.watched.Wait()
+	w.mu.Lock()
+	w.repairs += repairsOf(w.live)
+	w.live = nil
+	w.mu.Unlock()
+	_ = a.Close()
+	return a.ns
+}
+
+func (w *worker) setState(st *podnet.State) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.state = st
+}
+
+// capture attaches, or attaches again: that repairs, takes other flags on, and
+// finds which older flows are left. It owns ns, which is opened if nil.
+func (w *worker) capture(ctx context.Context, ns *os.File, p Pod) (_ *attachment, err error) {
+	if ns == nil {
+		if ns, err = podnet.OpenNetns(p.Netns); err != nil {
+			return nil, err
+		}
+	}
+	defer func() {
+		if err != nil {
+			_ = ns.Close()
+		}
+	}()
+	w.mu.Lock()
+	prev := w.state
+	w.mu.Unlock()
+	a := &attachment{ns: ns}
+	cfg := podnet.Config{
+		CaptureDNS: p.DNSCapture, BypassInbound: p.BypassInbound, VirtualInterfaces: p.VirtualInterfaces,
+		OnChange: func(c podnet.Change) { w.onChange(a, p, c) },
+		Logger:   w.log,
+	}
+	if prev != nil {
+		a.Attachment, err = podnet.Resume(ctx, ns, cfg, *prev)
+	} else if err = w.agent.store.save(saved{Pod: p}); err == nil {
+		a.Attachment, err = podnet.Attach(ctx, ns, cfg, nil)
+	}
+	if errors.Is(err, tun.ErrBusy) {
+		return nil, fmt.Errorf("a process reads the device that this agent knows nothing of: %w", err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	state := a.State()
+	w.setState(&state)
+	if err = w.agent.store.save(saved{Pod: p, State: &state}); err != nil {
+		_ = a.Close()
+		if a.File != nil {
+			_ = a.File.Close()
+		}
+		return nil, err
+	}
+	return a, nil
+}
+
+// offer tells the server of what capture made. told is what proxies were told
+// before.
+func (w *worker) offer(ctx context.Context, a *attachment, p, told Pod) error {
+	if n := len(a.Older()); n > zds.MaxOlderFlows {
+		w.log.Warn("more connections are older than capture than can be told to the proxy; the rest will be reset",
+			"flows", n, "told", zds.MaxOlderFlows)
+	}
+	if file := a.File; file != nil {
+		a.File = nil
+		return w.set(a, p, file, a.Offload)
+	}
+	updated, err := w.update(a, p)
+	if updated || err != nil {
+		return err
+	}
+	// A proxy that an earlier agent gave the device to has the only
+	// descriptor. It knows the pod, as it was told then.
+	if told.UID != "" && !told.equal(&p) {
+		if err := w.agent.server.Delete(ctx, w.uid); err != nil {
+			return err
+		}
+		return errors.New("the proxy has to let go of the device before the pod can change")
+	}
+	state := a.State()
+	return w.agent.server.Set(p.workload(p.device("", &state, w.agent.cfg.NodeAddresses)), nil)
+}
+
+// set gives the server a device that was just opened, and owns it.
+func (w *worker) set(a *attachment, p Pod, file *os.File, offload bool) error {
+	state := a.State()
+	d := p.device(newDeviceID(), &state, w.agent.cfg.NodeAddresses)
+	d.Offload = offload
+	return w.agent.server.Set(p.workload(d), file)
+}
+
+// update tells of the pod whose device the server has already.
+func (w *worker) update(a *attachment, p Pod) (bool, error) {
+	state := a.State()
+	return w.agent.server.Update(p.workload(p.device("", &state, w.agent.cfg.NodeAddresses)))
+}
+
+// watch keeps the pod's plumbing as it must be.
+func (w *worker) watch(ctx context.Context, a *attachment) {
+	for ctx.Err() == nil {
+		err := a.Watch(ctx)
+		if ctx.Err() != nil {
+			return
+		}
+		w.log.Warn("watching the pod's namespace; trying on", "error", err)
+		t := time.NewTimer(retryMax)
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+		}
+		t.Stop()
+	}
+}
+
+// onChange runs on Watch's goroutine.
+func (w *worker) onChange(a *attachment, p Pod, c podnet.Change) {
+	state := a.State()
+	w.setState(&state)
+	err := w.agent.store.save(saved{Pod: p, State: &state})
+	if c.File != nil {
+		err = errors.Join(err, w.set(a, p, c.File, c.Offload))
+	} else {
+		_, e := w.update(a, p)
+		err = errors.Join(err, e)
+	}
+	if err != nil {
+		w.log.Error("change in the pod's namespace", "error", err)
+	}
+	w.agent.announce()
+}
+
+// detach takes the pod out of the mesh: first the proxies let go of it, then
+// its sockets, then the rules. done: the worker is no longer needed.
+func (w *worker) detach(ctx context.Context) (done bool, err error) {
+	w.mu.Lock()
+	state, p := w.state, w.last
+	w.mu.Unlock()
+	ns := w.drop()
+	if ns == nil {
+		if ns, err = podnet.OpenNetns(p.Netns); err != nil && !errors.Is(err, podnet.ErrGone) {
+			return false, err
+		}
+	}
+	reset := func(ctx context.Context) error { return w.agent.server.Delete(ctx, w.uid) }
+	if ns != nil {
+		defer ns.Close()
+		if state == nil {
+			state = &podnet.State{} // Attached, perhaps, by an agent that died before it could say so.
+		}
+		if err := podnet.Detach(ctx, ns, *state, reset); err != nil && !errors.Is(err, podnet.ErrGone) {
+			return false, err
+		}
+	}
+	if err := reset(ctx); err != nil {
+		return false, err
+	}
+	if err := w.agent.store.remove(w.uid); err != nil {
+		return false, err
+	}
+	a := w.agent
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.state, w.current = nil, Pod{}
+	if w.wanted != nil {
+		w.phase = Attaching // Wanted again meanwhile.
+		w.kick()
+		return false, nil
+	}
+	delete(a.workers, w.uid)
+	a.announceLocked()
+	w.log.Info("pod is out of the mesh")
+	return true, nil
+}
