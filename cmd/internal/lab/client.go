@@ -94,7 +94,7 @@ func (l *Lab) Release(ctx context.Context, target string) error {
 
 // Down ends the lab and returns when nothing of it is left.
 func (l *Lab) Down(ctx context.Context) error {
-	if _, err := l.ask(ctx, request{Op: "down"}, Stdio{}); err != nil {
+	if _, err := l.ask(ctx, request{Op: "down"}, Stdio{}); err != nil && !errors.Is(err, errEnded) {
 		return err
 	}
 	if l.gone != nil {
@@ -125,6 +125,9 @@ func (l *Lab) Down(ctx context.Context) error {
 
 // ErrNotUp matches the errors of a lab that does not run.
 var ErrNotUp = errors.New("is not up (ztun lab up starts it)")
+
+// errEnded matches the errors of a lab that ended while it was asked.
+var errEnded = errors.New("the lab has ended")
 
 func (l *Lab) dial(ctx context.Context) (*net.UnixConn, error) {
 	var d net.Dialer
@@ -157,7 +160,7 @@ func (l *Lab) ask(ctx context.Context, r request, stdio Stdio) (reply, error) {
 	}
 	defer closeAll(opened)
 	if err := send(conn, r, files...); err != nil {
-		return reply{}, err
+		return reply{}, fmt.Errorf("%w (%w)", errEnded, err)
 	}
 	if r.Op == "exec" {
 		signals := make(chan os.Signal, 4)
@@ -183,7 +186,7 @@ func (l *Lab) ask(ctx context.Context, r request, stdio Stdio) (reply, error) {
 		return reply{}, fmt.Errorf("lab: %s: %w", r.Op, context.Cause(ctx))
 	}
 	if err != nil {
-		return reply{}, fmt.Errorf("lab: %s: the lab ended: %w", r.Op, err)
+		return reply{}, fmt.Errorf("lab: %s: %w (%w)", r.Op, errEnded, err)
 	}
 	if answer.Error != "" {
 		return answer, errors.New(answer.Error)

@@ -35,6 +35,21 @@ func privileged() bool {
 	return os.Geteuid() == 0 && data[0].Effective&need == need
 }
 
+// manyUsers says whether ordinary users exist in this user namespace.
+func manyUsers() bool {
+	text, err := os.ReadFile("/proc/self/uid_map")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(text)) {
+		var inside, outside, count int64
+		if _, err := fmt.Sscan(line, &inside, &outside, &count); err == nil && inside <= proxyUser && proxyUser < inside+count {
+			return true
+		}
+	}
+	return false
+}
+
 // CheckMachine returns every Need that keeps a lab from running, joined.
 func CheckMachine() error {
 	var needs []error

@@ -103,7 +103,7 @@ func (s *supervisor) ensureNode(ctx context.Context, name string) error {
 	attach := &process{name: "attach/" + name, kind: "attach", policy: restartAlways, space: space}
 	attach.command = func() (*exec.Cmd, error) { return s.attachCommand(n, attach) }
 	proxy := &process{name: "proxy/" + name, kind: "proxy", policy: restartAlways, space: space}
-	proxy.command = func() (*exec.Cmd, error) { return s.proxyCommand(n), nil }
+	proxy.command = func() (*exec.Cmd, error) { return s.proxyCommand(n) }
 
 	s.mu.Lock()
 	n.space, n.feed, n.attach, n.proxy = space, feed, attach, proxy
@@ -117,7 +117,7 @@ func (s *supervisor) ensureNode(ctx context.Context, name string) error {
 // proxyUID is the user of the proxies: an ordinary one where there are others
 // than the lab's own.
 func (s *supervisor) proxyUID() int {
-	if s.order.Privileged {
+	if s.order.Users {
 		return proxyUser
 	}
 	return 0
@@ -172,10 +172,14 @@ func (s *supervisor) renewCredentials() {
 }
 
 // proxyCommand is a node's ztun-proxy, told what ztunnel's chart would tell it.
-func (s *supervisor) proxyCommand(n *node) *exec.Cmd {
+func (s *supervisor) proxyCommand(n *node) (*exec.Cmd, error) {
+	program, err := s.proxyProgram()
+	if err != nil {
+		return nil, err
+	}
 	address := fabricAddrs(fabricNodes + n.index)[0]
 	control := "https://" + netip.AddrPortFrom(fabricAddrs(fabricControl)[0], controlPort).String()
-	cmd := exec.Command(s.order.Proxy)
+	cmd := exec.Command(program)
 	cmd.Dir = n.dir
 	cmd.Env = []string{
 		"XDS_ADDRESS=" + control,
@@ -193,10 +197,37 @@ func (s *supervisor) proxyCommand(n *node) *exec.Cmd {
 	if !s.network.ipv6 {
 		cmd.Env = append(cmd.Env, "IPV6_ENABLED=false")
 	}
-	if s.order.Privileged {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: proxyUser, Gid: proxyUser}}
+	if uid := s.proxyUID(); uid != 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
 	}
-	return cmd
+	return cmd, nil
+}
+
+// proxyProgram copies ztun-proxy, if it has changed, to where the proxies'
+// user can reach it: it may lie below a directory closed to others.
+func (s *supervisor) proxyProgram() (string, error) {
+	s.copying.Lock()
+	defer s.copying.Unlock()
+	info, err := os.Stat(s.order.Proxy)
+	if err != nil {
+		return "", fmt.Errorf("lab: %w", err)
+	}
+	path := filepath.Join(runtimeDir, fmt.Sprintf("ztun-proxy-%d", info.ModTime().UnixNano()))
+	if s.copied == path {
+		return path, nil
+	}
+	content, err := os.ReadFile(s.order.Proxy)
+	if err != nil {
+		return "", fmt.Errorf("lab: %w", err)
+	}
+	if err := replaceFile(path, content, 0o755, 0); err != nil {
+		return "", err
+	}
+	if s.copied != "" {
+		os.Remove(s.copied) // Those that run it keep it.
+	}
+	s.copied = path
+	return path, nil
 }
 
 func (n *node) socket() string { return filepath.Join(n.dir, "agent.sock") }

@@ -206,7 +206,12 @@ func (s *supervisor) startPod(p *pod, spec *podSpec) {
 func (s *supervisor) containerProcess(p *pod, spec *podSpec, c corev1.Container, policy restartPolicy, gate <-chan struct{}) *process {
 	proc := &process{name: spec.key() + "/" + c.Name, kind: "container", policy: policy, space: p.space, gate: gate}
 	proc.command = func() (*exec.Cmd, error) {
-		return s.containerCommand(p, spec, c, slices.Concat(c.Command, c.Args), true)
+		env := s.environment(spec, c)
+		var argv []string
+		for _, a := range slices.Concat(c.Command, c.Args) {
+			argv = append(argv, expand(a, env))
+		}
+		return s.containerCommand(p, spec, c, argv, true)
 	}
 	return proc
 }
@@ -215,14 +220,11 @@ func (s *supervisor) containerProcess(p *pod, spec *podSpec, c corev1.Container,
 // namespace of its own if ownPIDs is set.
 func (s *supervisor) containerCommand(p *pod, spec *podSpec, c corev1.Container, argv []string, ownPIDs bool) (*exec.Cmd, error) {
 	o := containerOrder{
-		Hostname: spec.Name, Hosts: p.hosts, Resolv: p.resolv, Dir: c.WorkingDir,
+		Hostname: spec.Name, Hosts: p.hosts, Resolv: p.resolv, Dir: c.WorkingDir, Argv: argv,
 		Env: s.environment(spec, c), Caps: capabilities(c.SecurityContext), OwnPIDs: ownPIDs,
 	}
 	if spec.hostNetwork() {
 		o.Hostname = spec.Node
-	}
-	for _, a := range argv {
-		o.Argv = append(o.Argv, expand(a, o.Env))
 	}
 	o.UID, o.GID = s.user(spec, c)
 	text, err := json.Marshal(o)
@@ -242,7 +244,7 @@ func (s *supervisor) containerCommand(p *pod, spec *podSpec, c corev1.Container,
 // user is whom the securityContext asks for. In a lab of an ordinary user
 // there is only that user, who is root there.
 func (s *supervisor) user(spec *podSpec, c corev1.Container) (uid, gid int) {
-	if !s.order.Privileged {
+	if !s.order.Users {
 		return 0, 0
 	}
 	pick := func(of func(user, group *int64)) {

@@ -25,7 +25,7 @@ const (
 	// A process that ran for so long starts again with the first back-off.
 	provenAfter = 10 * time.Second
 	// killGrace is what a process gets between SIGTERM and SIGKILL.
-	killGrace = 3 * time.Second
+	killGrace = 2 * time.Second
 )
 
 // A process is a program that the lab keeps running.

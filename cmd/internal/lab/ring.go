@@ -27,11 +27,11 @@ func (r *ring) Write(p []byte) (int, error) {
 	r.total += int64(len(p))
 	r.kept = append(r.kept, p...)
 	if over := len(r.kept) - logSize; over > 0 {
-		// Whole lines only, and not at each write.
+		// More than needed, so that it is not done at each write; whole lines.
+		over = min(len(r.kept), over+logSize/4)
 		if nl := bytes.IndexByte(r.kept[over:], '\n'); nl >= 0 {
 			over += nl + 1
 		}
-		over = min(len(r.kept), over+logSize/4)
 		r.kept = append(r.kept[:0], r.kept[over:]...)
 	}
 	if r.more != nil {

@@ -145,14 +145,18 @@ func readFile(name string, content []byte) ([]*document, error) {
 		if object == nil {
 			continue
 		}
+		line := node.Line
+		if len(node.Content) > 0 {
+			line = node.Content[0].Line
+		}
 		items, isList := object["items"].([]any)
 		if kind, _ := object["kind"].(string); !isList || !strings.HasSuffix(kind, "List") {
-			documents = append(documents, &document{file: name, line: node.Line, object: object})
+			documents = append(documents, &document{file: name, line: line, object: object})
 			continue
 		}
 		for _, item := range items {
 			if inner, ok := item.(map[string]any); ok {
-				documents = append(documents, &document{file: name, line: node.Line, object: inner})
+				documents = append(documents, &document{file: name, line: line, object: inner})
 			}
 		}
 	}

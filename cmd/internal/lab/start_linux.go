@@ -42,7 +42,8 @@ type instructions struct {
 	Files      map[string]string `json:"files,omitempty"`
 	Program    string            `json:"program"`
 	Proxy      string            `json:"proxy"`
-	Privileged bool              `json:"privileged"`
+	Privileged bool              `json:"privileged"` // No user namespace around it.
+	Users      bool              `json:"users"`      // There are other users than the lab's own.
 }
 
 // Start starts a lab and returns once every pod has been started. A lab that
@@ -74,6 +75,7 @@ func Start(ctx context.Context, o Options) (*Lab, error) {
 // launch starts init and follows its reports until the lab is up.
 func launch(ctx context.Context, o Options, listener *net.UnixListener) (_ *Lab, err error) {
 	order := instructions{Name: o.Name, Dir: o.Dir, Files: o.Files, Program: o.Program, Proxy: o.Proxy, Privileged: privileged()}
+	order.Users = order.Privileged && manyUsers()
 	text, err := json.Marshal(order)
 	if err != nil {
 		return nil, fmt.Errorf("lab: %w", err)

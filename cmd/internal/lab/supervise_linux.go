@@ -34,6 +34,10 @@ type supervisor struct {
 	running sync.WaitGroup
 	tell    func(report)
 
+	loaded  string // Fingerprint of what begin has read; follow goes on from it.
+	copying sync.Mutex
+	copied  string // The copy of ztun-proxy that is current; guarded by copying.
+
 	// applying makes one apply follow the other.
 	applying sync.Mutex
 
@@ -125,6 +129,7 @@ func newSupervisor(order instructions, tell func(report)) (*supervisor, error) {
 
 // begin reads the directory, brings everything up and waits for it.
 func (s *supervisor) begin(ctx context.Context) error {
+	s.loaded = fingerprint(s.order.Dir)
 	first, err := load(s.order.Dir, s.mesh, s.address)
 	if err != nil {
 		return err
@@ -216,7 +221,7 @@ func (s *supervisor) publish(next *spec) error {
 
 // follow applies the directory again whenever it changes, until the lab ends.
 func (s *supervisor) follow() {
-	last := fingerprint(s.order.Dir)
+	last := s.loaded
 	tick := time.NewTicker(500 * time.Millisecond)
 	defer tick.Stop()
 	for {

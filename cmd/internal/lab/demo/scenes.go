@@ -54,7 +54,12 @@ func (d *demo) sceneTap(ctx context.Context, tap *tapClient, at map[string]netip
 	if _, err := tap.reset(); err != nil {
 		return err
 	}
-	a, err := d.call(ctx, "plain/outsider", httpAt(at["bystander"]), "--data", canary)
+	var a answer
+	err := d.eventually(ctx, func() (bool, error) {
+		var err error
+		a, err = d.call(ctx, "plain/outsider", httpAt(at["bystander"]), "--data", canary)
+		return a.code == 0, err
+	})
 	if err != nil {
 		return err
 	}
