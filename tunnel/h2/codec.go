@@ -25,10 +25,16 @@ type headerCodec struct {
 func (h *headerCodec) init(c *Conn) {
 	h.wr = http2.NewFramer(frameWriter{c}, nil)
 	h.enc = hpack.NewEncoder(&h.buf)
+	h.newReader(&c.cfg, hpack.NewDecoder(headerTableSize, nil))
+}
+
+// newReader makes the Framer that reads header blocks. It keeps a buffer of
+// the size of the largest.
+func (h *headerCodec) newReader(cfg *Config, dec *hpack.Decoder) {
 	h.rd = http2.NewFramer(nil, &h.src)
-	h.rd.SetMaxReadFrameSize(c.cfg.MaxFrameSize)
-	h.rd.ReadMetaHeaders = hpack.NewDecoder(headerTableSize, nil)
-	h.rd.MaxHeaderListSize = c.cfg.MaxHeaderList
+	h.rd.SetMaxReadFrameSize(cfg.MaxFrameSize)
+	h.rd.ReadMetaHeaders = dec
+	h.rd.MaxHeaderListSize = cfg.MaxHeaderList
 }
 
 // validHeaders guards against what a caller put into a value.
@@ -102,6 +108,7 @@ func (c *Conn) endBlock() {
 	frame, err := h.rd.ReadFrame()
 	if cap(in.block) > smallChunk {
 		in.block = nil
+		defer h.newReader(&c.cfg, h.rd.ReadMetaHeaders)
 	}
 	switch e := err.(type) {
 	case nil:

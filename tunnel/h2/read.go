@@ -63,6 +63,12 @@ type input struct {
 // drop frees what an ended connection needs no more.
 func (in *input) drop() { in.cur, in.bytes, in.block = nil, nil, nil }
 
+// gatherMax is how much DATA of a stream is handed over at once: what fits a
+// TCP super-segment, as bulkFrame does. Behind it the next frame's head fits.
+const gatherMax = bulkFrame
+
+var _ [splice.ScratchSize - gatherMax - frameHeadLen]byte // which must not be negative
+
 // A gather is DATA of one stream in the loop's scratch buffer. It does not
 // outlive a pass.
 type gather struct {
@@ -122,12 +128,6 @@ func (c *Conn) readStep(g *gather) (n int, err error) {
 		return c.readData(g)
 	case wantPadLen:
 		return c.readPadLen(g)
-	}
-	if g.n == len(g.buf) {
-		g.flush()
-		if c.state != stateOpen {
-			return 0, nil
-		}
 	}
 	buf := g.buf[g.n:]
 	n, err = c.t.Read(buf[:min(in.left, len(buf))])
@@ -202,7 +202,7 @@ func (c *Conn) gotHead(g *gather) {
 // the head of the next.
 func (c *Conn) readData(g *gather) (n int, err error) {
 	in := &c.in
-	if g.n == len(g.buf) {
+	if g.n == gatherMax {
 		g.flush()
 		if c.state != stateOpen {
 			return 0, nil
@@ -211,10 +211,10 @@ func (c *Conn) readData(g *gather) (n int, err error) {
 	if g.s == nil {
 		g.s = in.cur
 	}
-	want := min(in.left, len(g.buf)-g.n)
+	want := min(in.left, gatherMax-g.n)
 	ahead := 0
 	if want == in.left && in.pad == 0 {
-		ahead = min(frameHeadLen, len(g.buf)-g.n-want)
+		ahead = frameHeadLen
 	}
 	n, err = c.t.Read(g.buf[g.n : g.n+want+ahead])
 	if n == 0 {

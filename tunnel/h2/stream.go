@@ -36,6 +36,7 @@ type Stream struct {
 	kept queue // received, not taken
 
 	send          int64 // what we may send
+	reserved      bool  // between Reserve and Commit
 	windowBlocked bool  // a write found send used up
 	waiting       bool  // in Conn.out.waiters
 	turn          uint64

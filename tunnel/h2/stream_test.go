@@ -339,6 +339,16 @@ func TestReserveCommit(t *testing.T) {
 			s.s.Commit(10)
 		})
 		tc.want("nothing of a stream that was reset", "RST_STREAM 1 CANCEL")
+		a, b := tc.accept(3), tc.accept(5)
+		tc.do(func() {
+			if a.s.Reserve(10) == nil {
+				t.Fatal("no room")
+			}
+			b.s.Write([]byte("between"))
+			a.s.Commit(10)
+		})
+		tc.want("a broken rule costs the stream only", `DATA 5 "between"`, "RST_STREAM 3 INTERNAL_ERROR")
+		tc.wantAlive()
 	})
 }
 

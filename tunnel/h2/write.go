@@ -45,7 +45,7 @@ type output struct {
 	blocked bool        // t took less than it was given
 	over    bool        // the bound for control frames was exceeded
 
-	reserved   *Stream // between Reserve and Commit
+	reserved   *Stream // the last to Reserve
 	reservedAt int     // where its frame head begins
 
 	// Streams that wait for room or for the connection's window, in order.
@@ -215,7 +215,7 @@ func (s *Stream) Reserve(max int) []byte {
 		return nil
 	}
 	c.room(frameHeadLen + n)
-	c.out.reserved, c.out.reservedAt = s, len(c.out.buf)
+	c.out.reserved, c.out.reservedAt, s.reserved = s, len(c.out.buf), true
 	at := len(c.out.buf) + frameHeadLen
 	return c.out.buf[at : at+n : at+n]
 }
@@ -223,19 +223,26 @@ func (s *Stream) Reserve(max int) []byte {
 // Commit implements splice.Reserver.
 func (s *Stream) Commit(n int) {
 	c := s.c
-	if c.out.reserved != s {
+	o := &c.out
+	if !s.reserved {
 		return
 	}
-	c.out.reserved = nil
+	s.reserved = false
 	if n <= 0 || c.state != stateOpen || s.err != nil {
-		if len(c.out.buf) == 0 {
+		if len(o.buf) == 0 {
 			c.dropOutput()
 		}
 		return
 	}
-	at := c.out.reservedAt
-	c.out.buf = c.out.buf[:at+frameHeadLen+n]
-	putFrameHead(c.out.buf[at:], n, http2.FrameData, 0, s.id)
+	if o.reserved != s || len(o.buf) != o.reservedAt {
+		// Something else was written into the room: the caller broke the
+		// rule, and what it had is lost.
+		s.release(CodeInternal)
+		return
+	}
+	at := o.reservedAt
+	o.buf = o.buf[:at+frameHeadLen+n]
+	putFrameHead(o.buf[at:], n, http2.FrameData, 0, s.id)
 	s.sent(n)
 	if c.queued() >= flushAt {
 		c.flush()
