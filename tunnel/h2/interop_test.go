@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -294,10 +293,22 @@ func goServer(t testing.TB) (addr string) {
 			}
 		}
 	})
-	s := &http2.Server{MaxConcurrentStreams: 50}
-	return listen(t, func(c net.Conn) {
-		s.ServeConn(c, &http2.ServeConnOpts{Handler: h, BaseConfig: &http.Server{ErrorLog: nil}})
-	})
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &http.Server{Handler: h, Protocols: http2Only(), HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 50}}
+	var serving sync.WaitGroup
+	serving.Go(func() { s.Serve(l) })
+	t.Cleanup(func() { s.Close(); serving.Wait() })
+	return l.Addr().String()
+}
+
+// http2Only is HTTP/2 without TLS and without an upgrade.
+func http2Only() *http.Protocols {
+	p := new(http.Protocols)
+	p.SetUnencryptedHTTP2(true)
+	return p
 }
 
 func TestClientWithGoServer(t *testing.T) {
@@ -335,18 +346,13 @@ func TestClientWithGoServer(t *testing.T) {
 }
 
 // goClient is Go's own HTTP/2 client over plain TCP.
-func goClient(t testing.TB) *http2.Transport {
-	tr := &http2.Transport{
-		AllowHTTP: true,
-		DialTLSContext: func(ctx context.Context, network, addr string, _ *tls.Config) (net.Conn, error) {
-			return net.Dial(network, addr)
-		},
-	}
+func goClient(t testing.TB) *http.Transport {
+	tr := &http.Transport{Protocols: http2Only()}
 	t.Cleanup(tr.CloseIdleConnections)
 	return tr
 }
 
-func goConnect(tr *http2.Transport, addr, authority string, body io.Reader) (*http.Response, error) {
+func goConnect(tr *http.Transport, addr, authority string, body io.Reader) (*http.Response, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), interopTimeout)
 	context.AfterFunc(ctx, cancel)
 	req, err := http.NewRequestWithContext(ctx, http.MethodConnect, "http://"+addr, body)
