@@ -44,7 +44,8 @@ type End interface {
 	Notify(ready func())
 }
 
-// A Reserver is an End whose output can be filled in place.
+// A Reserver is an End whose output can be filled in place. It should be a
+// Failer too: a Join writes to it in no other way, and has no error from it.
 type Reserver interface {
 	// Reserve returns room for up to max bytes, or nil when there is none
 	// (Notify's function runs when there is). The room is valid until Commit,

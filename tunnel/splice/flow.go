@@ -28,6 +28,8 @@ type flow struct {
 	// Owned by the loop.
 	buf        *buffer // nil while nothing is in it
 	head, tail int     // what was read into buf and not yet taken by dst
+	one        [1]byte // see peek
+	peeked     bool    // one holds a byte
 	kept       bool    // src may keep bytes that push did not take: they come first
 	eof        bool    // src ended cleanly
 	closed     bool    // dst was told
@@ -46,7 +48,7 @@ func (j *Join) move(f *flow, limit int) (moved int, more bool) {
 			if n == 0 {
 				return moved, false
 			}
-		case f.eof:
+		case f.eof && !f.peeked:
 			f.release()
 			j.closeWrite(f)
 			return moved, false
@@ -56,7 +58,7 @@ func (j *Join) move(f *flow, limit int) (moved int, more bool) {
 		case f.room != nil:
 			n := j.fill(f, limit-moved)
 			moved += n
-			if n == 0 && !f.eof {
+			if n == 0 && (f.peeked || !f.eof) {
 				return moved, false
 			}
 		default:
@@ -73,13 +75,33 @@ func (j *Join) move(f *flow, limit int) (moved int, more bool) {
 func (j *Join) fill(f *flow, limit int) int {
 	p := f.room.Reserve(limit)
 	if len(p) == 0 {
+		j.peek(f)
 		return 0
 	}
-	n, err := f.src.Read(p)
+	n := 0
+	if f.peeked {
+		f.peeked = false
+		n = copy(p, f.one[:])
+	}
+	if n < len(p) && !f.eof {
+		m, err := f.src.Read(p[n:])
+		n += m
+		j.readEnded(f, err)
+	}
 	f.room.Commit(n)
 	f.count.Add(uint64(n))
-	j.readEnded(f, n, err)
 	return n
+}
+
+// peek reads one byte ahead of a dst without room: the end of a stream needs
+// none, and must not wait until dst has some.
+func (j *Join) peek(f *flow) {
+	if f.peeked || f.eof {
+		return
+	}
+	n, err := f.src.Read(f.one[:])
+	f.peeked = n > 0
+	j.readEnded(f, err)
 }
 
 // read reads into buf, which is empty, and reports whether there was anything.
@@ -89,11 +111,11 @@ func (j *Join) read(f *flow, limit int) bool {
 	}
 	n, err := f.src.Read(f.buf[:min(limit, bufferSize)])
 	f.head, f.tail = 0, n
-	j.readEnded(f, n, err)
+	j.readEnded(f, err)
 	return n > 0
 }
 
-func (j *Join) readEnded(f *flow, n int, err error) {
+func (j *Join) readEnded(f *flow, err error) {
 	switch {
 	case err == nil:
 	case err == io.EOF:
@@ -127,12 +149,12 @@ func (j *Join) closeWrite(f *flow) {
 
 // push is what a Pusher calls with bytes that just arrived. Whatever it does
 // not take the Pusher keeps, and move reads it: so push takes nothing while
-// earlier bytes wait in buf or at the Pusher, or while a turn is under way.
+// earlier bytes wait here or at the Pusher, or while a turn is under way.
 func (j *Join) push(f *flow, p []byte) int {
 	if j.over || j.err != nil || f.eof {
 		return 0
 	}
-	if j.depth > 0 || f.kept || f.tail > f.head {
+	if j.depth > 0 || f.kept || f.peeked || f.tail > f.head {
 		f.kept = true
 		if j.depth > 0 {
 			j.loop.Soon(&j.task)
