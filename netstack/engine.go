@@ -32,6 +32,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -74,6 +75,11 @@ type StackConfig struct {
 	// Older are the connections that were established when the pod was
 	// attached. They are forwarded at L3 until they end.
 	Older []Tuple
+	// ICMP are raw ICMP and ICMPv6 sockets of the pod's namespace, from which
+	// errors about the stack's connections are read; the Stack owns them once
+	// Add has succeeded. Without them an unreachable host looks like one that
+	// does not answer, and a path MTU below the interface's is not learnt.
+	ICMP []*os.File
 	// Limits of this pod; zero fields take their defaults.
 	Limits Limits
 	// IsProbe reports whether an inbound plaintext connection is the kubelet's

@@ -17,7 +17,8 @@ type Limits struct {
 	PendingPerSource int
 	// Memory is the buffer capacity of all flows of the pod, in bytes. Default 1 GiB.
 	Memory int64
-	// Withheld is how long a SYN may wait for its answer. Default 30 s.
+	// Withheld is how long a SYN may wait for its answer. Default 40 s: longer
+	// than whoever decides may take to fail.
 	Withheld time.Duration
 }
 
@@ -35,7 +36,7 @@ func (l Limits) withDefaults() Limits {
 		l.Memory = 1 << 30
 	}
 	if l.Withheld == 0 {
-		l.Withheld = 30 * time.Second
+		l.Withheld = 40 * time.Second
 	}
 	return l
 }
@@ -113,6 +114,7 @@ type Stats struct {
 	Forwarded     uint64 // packets sent on at L3
 	Stray         uint64 // segments of no connection, answered with a RST
 	WriteFailed   uint64 // packets that the device did not take
+	ICMP          uint64 // errors read from StackConfig.ICMP
 
 	LimitConnections uint64 // connections refused because of Limits.Connections or Memory
 	LimitPending     uint64 // SYNs dropped because of the Limits of pending ones
@@ -126,7 +128,7 @@ type Stats struct {
 type counters struct {
 	packetsIn, packetsOut, bytesIn, bytesOut                               atomic.Uint64
 	badHeader, malformed, notTCP, foreign, badChecksum, drained, forwarded atomic.Uint64
-	stray, writeFailed, limitConnections, limitPending, expired            atomic.Uint64
+	stray, writeFailed, limitConnections, limitPending, expired, icmp      atomic.Uint64
 	flows, pending                                                         atomic.Int64
 }
 
@@ -138,7 +140,7 @@ func (s *Stack) Stats() Stats {
 		BytesIn: c.bytesIn.Load(), BytesOut: c.bytesOut.Load(),
 		BadHeader: c.badHeader.Load(), Malformed: c.malformed.Load(), NotTCP: c.notTCP.Load(),
 		ForeignSource: c.foreign.Load(), BadChecksum: c.badChecksum.Load(), Drained: c.drained.Load(),
-		Forwarded: c.forwarded.Load(), Stray: c.stray.Load(), WriteFailed: c.writeFailed.Load(),
+		Forwarded: c.forwarded.Load(), Stray: c.stray.Load(), WriteFailed: c.writeFailed.Load(), ICMP: c.icmp.Load(),
 		LimitConnections: c.limitConnections.Load(), LimitPending: c.limitPending.Load(), Expired: c.expired.Load(),
 		Flows: c.flows.Load(), Pending: c.pending.Load(),
 	}

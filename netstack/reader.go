@@ -43,6 +43,7 @@ type reader struct {
 	soon, last  tasks
 	stacks      map[*Stack]struct{}
 	watched     map[int]*Stack // by descriptor
+	errors      map[int]func() // by descriptor: reads ICMP
 	scratch     []byte
 	views       [len(ladder)]*buffer.View
 	vector      tun.Vector
@@ -67,6 +68,7 @@ func newReader(e *Engine, index int) (*reader, error) {
 		done:    make(chan struct{}),
 		stacks:  map[*Stack]struct{}{},
 		watched: map[int]*Stack{},
+		errors:  map[int]func(){},
 		scratch: make([]byte, splice.ScratchSize),
 	}
 	if err := r.watch(evfd); err != nil {
@@ -100,6 +102,8 @@ func (r *reader) run() {
 				r.drainWakeups()
 			} else if s := r.watched[fd]; s != nil {
 				s.turn()
+			} else if read := r.errors[fd]; read != nil {
+				read()
 			}
 		}
 		r.pass()
@@ -119,7 +123,7 @@ func (r *reader) add(s *Stack) error {
 	}
 	r.watched[s.dev.FD()] = s
 	r.stacks[s] = struct{}{}
-	return nil
+	return s.watchICMP()
 }
 
 // remove forgets s. It runs on the loop.

@@ -37,6 +37,7 @@ type Stack struct {
 	link    *link
 	fwd     *tcp.Forwarder
 	addrs   [][16]byte
+	icmp    []*icmpSocket
 
 	counters counters
 
@@ -69,6 +70,13 @@ func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 	s.askTask.Run = s.ask
 	for _, a := range cfg.Addrs {
 		s.addrs = append(s.addrs, a.As16())
+	}
+	for _, f := range cfg.ICMP {
+		sock, err := newICMPSocket(f)
+		if err != nil {
+			return nil, err
+		}
+		s.icmp = append(s.icmp, sock)
 	}
 	s.bypass.init(cfg.Older)
 	s.link = &link{stack: s}
@@ -137,6 +145,20 @@ func (s *Stack) Close() {
 	}
 }
 
+// StopReading leaves the device to another reader. It returns once this one
+// has left it for good; flows live on and still write.
+func (s *Stack) StopReading() {
+	done := make(chan struct{})
+	s.reader.Post(func() {
+		s.reader.unwatch(s)
+		close(done)
+	})
+	select {
+	case <-done:
+	case <-s.reader.done:
+	}
+}
+
 func (s *Stack) closeOnLoop() {
 	if s.closed {
 		return
@@ -152,6 +174,7 @@ func (s *Stack) closeOnLoop() {
 		l.close()
 	}
 	s.reader.remove(s)
+	s.unwatchICMP()
 	s.destroy()
 }
 
@@ -161,6 +184,9 @@ func (s *Stack) destroy() {
 	s.reader.engine.wg.Go(func() {
 		s.gv.Destroy()
 		s.dev.Close()
+		for _, sock := range s.icmp {
+			sock.file.Close()
+		}
 	})
 }
 

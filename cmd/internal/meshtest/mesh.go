@@ -115,6 +115,7 @@ type Pod struct {
 	watch    context.CancelFunc
 	watching chan struct{}
 	file     *os.File // kept, so that a next proxy can have it
+	dev      *tun.Device
 	stack    *netstack.Stack
 	tunnel   *tunnel.Pod
 }
@@ -204,7 +205,13 @@ func (p *Pod) StartProxy() {
 	if err != nil {
 		t.Fatal(err)
 	}
+	p.dev = dev
+	icmp, err := p.attached.OpenICMP()
+	if err != nil {
+		t.Fatal(err)
+	}
 	cfg := netstack.StackConfig{
+		ICMP: icmp,
 		Name: Namespace + "/" + p.Name, Addrs: p.attached.Addrs(),
 		BypassInbound:     p.attached.State().BypassInbound,
 		CaptureDNS:        p.attached.State().CaptureDNS,
@@ -227,8 +234,18 @@ func (p *Pod) StartProxy() {
 	}
 }
 
-// StopProxy is the death of the proxy as the pod sees it: nobody reads its
-// device any more. No RST is sent: the flows are just forgotten.
+// Crash ends the pod's proxy as kill -9 does: nothing more is read from the
+// device nor written to it.
+func (p *Pod) Crash() {
+	p.mesh.T.Helper()
+	p.stack.StopReading()
+	if err := muzzle(p.dev.FD()); err != nil {
+		p.mesh.T.Fatal(err)
+	}
+	p.StopProxy()
+}
+
+// StopProxy ends the pod's proxy in order: its flows are reset.
 func (p *Pod) StopProxy() {
 	if p.stack == nil {
 		return
