@@ -437,3 +437,30 @@ func TestTransportWriteError(t *testing.T) {
 		s.wantRead("", splice.ErrReset)
 	})
 }
+
+// A connection with much to read lets others have their turn.
+func TestReadingIsBoundedPerTurn(t *testing.T) {
+	run(t, func(tc *testConn) {
+		tc.greet()
+		s := tc.accept(1)
+		var frames bytes.Buffer
+		fr := http2.NewFramer(&frames, nil)
+		for range 60 {
+			fr.WriteData(1, false, make([]byte, 16<<10))
+		}
+		received, most := 0, 0
+		var other splice.Task
+		tc.do(func() {
+			other.Run = func() { most, received = max(most, received), 0 }
+			s.s.Push(func(p []byte) int {
+				tc.loop.Soon(&other)
+				received += len(p)
+				return len(p)
+			})
+			tc.end.Write(frames.Bytes())
+		})
+		if most == 0 || most > readBudget+gatherMax {
+			t.Errorf("read %d bytes in one turn, want at most %d", most, readBudget)
+		}
+	}, asZtunnel)
+}
