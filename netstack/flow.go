@@ -45,7 +45,10 @@ type Flow struct {
 	source            bytes.Reader
 }
 
-var _ splice.End = (*Flow)(nil)
+var (
+	_ splice.End    = (*Flow)(nil)
+	_ splice.Failer = (*Flow)(nil)
+)
 
 // newFlow makes a Flow with no endpoint yet. peer and own are the ends as the
 // peer's packets show them.
@@ -139,29 +142,17 @@ func (f *Flow) Read(p []byte) (int, error) {
 	case *tcpip.ErrWouldBlock:
 		return 0, splice.ErrAgain
 	case *tcpip.ErrClosedForReceive:
-		f.readFIN = true
-		if e := f.failure(); e != nil && !f.wroteFIN {
-			return 0, e
+		if err := f.Failure(); err != nil {
+			return 0, err
 		}
+		f.readFIN = true
 		return 0, io.EOF
 	}
 	return 0, flowError("read", err)
 }
 
-// failure is the error that ended the connection, nil while it lives. gVisor
-// keeps a RST that comes after the peer's FIN to itself.
-func (f *Flow) failure() error {
-	if f.ep.EndpointState() == tcp.StateClose && !f.wroteFIN {
-		return fmt.Errorf("netstack: %w", splice.ErrReset)
-	}
-	return nil
-}
-
-// Write implements splice.End. An empty p asks whether the stream still lives.
+// Write implements splice.End.
 func (f *Flow) Write(p []byte) (int, error) {
-	if len(p) == 0 {
-		return 0, f.alive()
-	}
 	done := 0
 	for done < len(p) {
 		f.source.Reset(p[done:])
@@ -193,8 +184,9 @@ func (f *Flow) Write(p []byte) (int, error) {
 	return done, nil
 }
 
-// alive returns the error that ended the connection, if any did.
-func (f *Flow) alive() error {
+// Failure implements splice.Failer: it returns the error that ended the
+// connection, nil while it lives or after a clean end.
+func (f *Flow) Failure() error {
 	switch f.ep.EndpointState() {
 	case tcp.StateError:
 		f.source.Reset(nil)
@@ -202,7 +194,10 @@ func (f *Flow) alive() error {
 			return flowError("connection", err)
 		}
 	case tcp.StateClose:
-		return f.failure()
+		// gVisor keeps a RST that comes after the peer's FIN to itself.
+		if !f.wroteFIN {
+			return fmt.Errorf("netstack: %w", splice.ErrReset)
+		}
 	}
 	return nil
 }

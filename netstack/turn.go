@@ -38,9 +38,9 @@ func (s *Stack) turn() {
 	}
 }
 
-// failed takes what Read said. An empty device is no failure.
+// failed takes the error that ended the device.
 func (s *Stack) failed(err error) {
-	if errors.Is(err, tun.ErrEmpty) || s.closed {
+	if s.closed {
 		return
 	}
 	s.reader.engine.log.Error("device cannot be read", "pod", s.cfg.Name, "error", err)
@@ -55,6 +55,9 @@ func (s *Stack) receive() (int, error) {
 	r := s.reader
 	r.fillViews()
 	n, h, err := s.dev.Read(&r.vector)
+	if err == tun.ErrEmpty {
+		return 0, nil
+	}
 	if err != nil {
 		var bad *tun.HeaderError
 		if errors.As(err, &bad) {
