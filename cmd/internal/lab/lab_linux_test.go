@@ -356,6 +356,11 @@ func TestLabFollowsItsDirectory(t *testing.T) {
 	}
 	write("mesh.yaml", plainMesh)
 	l := start(t, Options{Dir: dir})
+	t.Cleanup(func() {
+		if status, err := l.Status(context.Background()); t.Failed() {
+			t.Logf("%+v %v", status, err)
+		}
+	})
 	pods := func() (names string, problem string) {
 		status, err := l.Status(t.Context())
 		if err != nil {

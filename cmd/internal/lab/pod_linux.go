@@ -391,7 +391,10 @@ func (s *supervisor) removePod(ctx context.Context, p *pod) error {
 			if err != nil {
 				return nil // It went with the namespace.
 			}
-			return h.LinkDel(port)
+			if err := h.LinkDel(port); !errors.Is(err, unix.ENODEV) {
+				return err
+			}
+			return nil // As above, just now.
 		}))
 	}
 	s.mu.Lock()

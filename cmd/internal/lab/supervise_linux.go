@@ -88,7 +88,8 @@ func supervise(text string, tell func(report)) error {
 	}
 	served := make(chan error, 1)
 	go func() { served <- s.serve(listener) }()
-	ctx, cancel := context.WithTimeout(s.ctx, startTimeout)
+	// Sooner than the starter gives up: it is to hear why.
+	ctx, cancel := context.WithTimeout(s.ctx, startTimeout-5*time.Second)
 	defer cancel()
 	if err := s.begin(ctx); err != nil {
 		return err

@@ -115,12 +115,15 @@ func (d *demo) checkIdentities(ctx context.Context) error {
 	return nil
 }
 
-// accessLine returns the line of an access log that tells of a completed
-// connection in that direction between two identities.
+// accessLine returns the line of an access log that tells of a connection in
+// that direction between two identities, which ended without an error.
 func accessLine(log, direction, source, destination string) string {
 	for line := range strings.Lines(log) {
-		if strings.Contains(line, "connection complete") && strings.Contains(line, direction) &&
-			strings.Contains(line, source) && strings.Contains(line, destination) {
+		has := !strings.Contains(line, " error=")
+		for _, part := range []string{"connection complete", "direction=\"" + direction, "src.identity=\"" + source + "\"", "dst.identity=\"" + destination + "\""} {
+			has = has && strings.Contains(line, part)
+		}
+		if has {
 			return strings.TrimSpace(line)
 		}
 	}
