@@ -161,6 +161,7 @@ func (w *watcher) run(ctx context.Context) {
 		defer notify.Close()
 		w.watchAll(notify)
 	}
+	w.poke() // for what changed before anybody watched
 	rescan := time.NewTicker(w.rescan)
 	defer rescan.Stop()
 	quiet := time.NewTimer(0)

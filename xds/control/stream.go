@@ -19,9 +19,6 @@ const (
 	maxMessageBytes = 4 << 10 // of a NACK, as kept
 )
 
-// Within one push, workloads come before the policies they name, as with istiod.
-var pushOrder = []string{typeAddress, typeAuthorization}
-
 // discoveryService is the ADS server. There is no state-of-the-world variant.
 type discoveryService struct {
 	discovery.UnimplementedAggregatedDiscoveryServiceServer
@@ -100,33 +97,46 @@ func (st *stream) receive(ctx context.Context) error {
 func (st *stream) run(ctx context.Context) error {
 	for {
 		world, changed := st.srv.current()
-		for _, typeURL := range pushOrder {
-			if err := st.push(st.subs[typeURL], world); err != nil {
-				return err
-			}
+		if err := st.pushAll(world); err != nil {
+			return err
 		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-changed:
 		case req := <-st.reqs:
-			if err := st.handle(req, world); err != nil {
+			if err := st.handle(req); err != nil {
 				return err
 			}
 		}
 	}
 }
 
-func (st *stream) push(sub *subscription, w *World) error {
-	if sub == nil || w == nil || sub.nonce != "" {
+// pushAll sends what is new. A policy is there before the first workload that
+// names it, and goes after the last one has stopped: between the two a proxy
+// would refuse connections, for a policy it does not know. istiod sends all
+// workloads first; a proxy cannot tell, since it must take them in any order.
+func (st *stream) pushAll(w *World) error {
+	if w == nil {
 		return nil
 	}
-	resp := sub.next(w)
+	addresses, policies := st.subs[typeAddress], st.subs[typeAuthorization]
+	if err := st.push(policies, w, false); err != nil || !policies.has(w) {
+		return err
+	}
+	if err := st.push(addresses, w, true); err != nil || !addresses.has(w) {
+		return err
+	}
+	return st.push(policies, w, true)
+}
+
+func (st *stream) push(sub *subscription, w *World, removals bool) error {
+	if sub == nil || sub.nonce != "" {
+		return nil
+	}
+	resp := sub.next(w, removals)
 	if resp == nil {
 		return nil
-	}
-	if err := st.checkSize(); err != nil {
-		return err
 	}
 	st.nonces++
 	sub.nonce = strconv.FormatUint(st.nonces, 10)
@@ -140,7 +150,7 @@ func (st *stream) push(sub *subscription, w *World) error {
 
 // handle takes one request: the first of its type, a change of what is wanted,
 // an acknowledgement, or several of these at once.
-func (st *stream) handle(req *discovery.DeltaDiscoveryRequest, w *World) error {
+func (st *stream) handle(req *discovery.DeltaDiscoveryRequest) error {
 	if err := st.checkNode(req); err != nil {
 		return err
 	}
@@ -153,7 +163,7 @@ func (st *stream) handle(req *discovery.DeltaDiscoveryRequest, w *World) error {
 		st.subs[typeURL] = first(req, st.who.node)
 		return st.checkSize()
 	}
-	sub.change(req, w)
+	sub.change(req)
 	if sub.nonce != "" && req.GetResponseNonce() == sub.nonce {
 		sub.nonce = ""
 		if detail := req.GetErrorDetail(); detail != nil {
@@ -184,9 +194,6 @@ func (st *stream) checkSize() error {
 	total := 0
 	for _, sub := range st.subs {
 		total += len(sub.names)
-		if !sub.wildcard {
-			total += len(sub.fresh)
-		}
 	}
 	if limit := st.srv.cfg.Limits.Names; total > limit {
 		return status.Errorf(codes.ResourceExhausted, "more than %d names", limit)

@@ -19,7 +19,14 @@ type subscription struct {
 	fresh    map[string]bool   // names that were asked for and not answered yet
 	answer   bool              // the first request is owed a response, even an empty one
 	nonce    string            // of the response that is not acknowledged yet
-	seen     *World            // the world that known reflects
+	seen     *World            // the world whose resources the client has
+	swept    *World            // the world that known holds nothing beside of
+}
+
+// has says whether the client has been sent all resources of w that it wants. A
+// nil subscription wants none.
+func (sub *subscription) has(w *World) bool {
+	return sub == nil || (sub.seen == w && len(sub.fresh) == 0)
 }
 
 // first starts a subscription with the first request of its type on a stream.
@@ -34,7 +41,7 @@ func first(req *discovery.DeltaDiscoveryRequest, node string) *subscription {
 		fresh:    make(map[string]bool),
 		answer:   true,
 	}
-	sub.change(req, nil)
+	sub.change(req)
 	for name, version := range req.GetInitialResourceVersions() {
 		if version != "" {
 			sub.known[name] = version
@@ -50,18 +57,18 @@ func first(req *discovery.DeltaDiscoveryRequest, node string) *subscription {
 }
 
 // change applies a request's lists.
-func (sub *subscription) change(req *discovery.DeltaDiscoveryRequest, w *World) {
+func (sub *subscription) change(req *discovery.DeltaDiscoveryRequest) {
 	for _, name := range req.GetResourceNamesSubscribe() {
 		if name == "*" {
-			sub.wildcard, sub.seen = true, nil
+			sub.wildcard, sub.seen, sub.swept = true, nil, nil
 			continue
 		}
 		sub.names[name], sub.fresh[name] = true, true
 	}
-	if len(req.GetResourceNamesUnsubscribe()) == 0 {
-		return
-	}
 	for _, name := range req.GetResourceNamesUnsubscribe() {
+		// What else the name brought, a service's workloads, the client does not
+		// know to forget: it is told.
+		sub.swept = nil
 		if name == "*" {
 			sub.wildcard = false
 			continue
@@ -69,16 +76,6 @@ func (sub *subscription) change(req *discovery.DeltaDiscoveryRequest, w *World) 
 		delete(sub.names, name)
 		delete(sub.fresh, name)
 	}
-	if w == nil {
-		return
-	}
-	// The client forgets what it no longer wants; what is gone from the world it
-	// must still be told.
-	wanted := sub.wanted(w)
-	maps.DeleteFunc(sub.known, func(name, _ string) bool {
-		_, want := wanted[name]
-		return !want && w.resources[sub.typeURL][name] != nil
-	})
 }
 
 // wanted are the names of the resources the client wants and that exist.
@@ -103,9 +100,11 @@ func (sub *subscription) wanted(w *World) map[string]bool {
 }
 
 // next is the response that brings the client from what it has to w; nil when
-// there is nothing to say. It counts as told from then on.
-func (sub *subscription) next(w *World) *discovery.DeltaDiscoveryResponse {
-	if sub.seen == w && len(sub.fresh) == 0 && !sub.answer {
+// there is nothing to say. It counts as told from then on. Without removals,
+// what is gone is left for later.
+func (sub *subscription) next(w *World, removals bool) *discovery.DeltaDiscoveryResponse {
+	removals = removals && sub.swept != w
+	if sub.has(w) && !sub.answer && !removals {
 		return nil
 	}
 	resp := &discovery.DeltaDiscoveryResponse{TypeUrl: sub.typeURL}
@@ -129,11 +128,14 @@ func (sub *subscription) next(w *World) *discovery.DeltaDiscoveryResponse {
 		sub.known[name] = r.version
 		resp.Resources = append(resp.Resources, &discovery.Resource{Name: r.name, Aliases: r.aliases, Version: r.version, Resource: r.body})
 	}
-	for name := range sub.known {
-		if !wanted[name] {
-			resp.RemovedResources = append(resp.RemovedResources, name)
-			delete(sub.known, name)
+	if removals {
+		for name := range sub.known {
+			if !wanted[name] {
+				resp.RemovedResources = append(resp.RemovedResources, name)
+				delete(sub.known, name)
+			}
 		}
+		sub.swept = w
 	}
 	slices.Sort(resp.RemovedResources)
 	clear(sub.fresh)
