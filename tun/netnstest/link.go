@@ -93,6 +93,40 @@ func (ns *NS) Addr(link string, cidrs ...string) {
 	}
 }
 
+// Settled waits until every IPv6 address of the interfaces that are up can be used: the kernel finishes them, and the
+// link-local ones that it makes itself, in its own time.
+func (ns *NS) Settled() {
+	ns.t.Helper()
+	Eventually(ns.t, "IPv6 addresses of "+ns.name, func() bool {
+		local, err := ns.link.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Table: unix.RT_TABLE_LOCAL}, netlink.RT_FILTER_TABLE)
+		if err != nil {
+			return false
+		}
+		reached := map[string]bool{}
+		for _, r := range local {
+			if r.Dst != nil {
+				reached[r.Dst.IP.String()] = true
+			}
+		}
+		links, err := ns.link.LinkList()
+		if err != nil {
+			return false
+		}
+		for _, l := range links {
+			addrs, err := ns.link.AddrList(l, netlink.FAMILY_V6)
+			if err != nil {
+				return false
+			}
+			for _, a := range addrs {
+				if a.Flags&unix.IFA_F_TENTATIVE != 0 || !reached[a.IP.String()] && l.Attrs().OperState != netlink.OperDown {
+					return false
+				}
+			}
+		}
+		return true
+	})
+}
+
 // DelAddr takes an address away from an interface.
 func (ns *NS) DelAddr(link, cidr string) {
 	ns.t.Helper()

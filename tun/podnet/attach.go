@@ -60,12 +60,13 @@ type Attachment struct {
 	stats  Stats
 }
 
-// Attach captures the pod. prev is what an earlier Attachment of this namespace left, or nil. Attaching twice, or again with
+// Attach captures the pod. prev is what an earlier Attachment of this namespace left, or nil where there was none or Detach
+// has ended it. Attaching twice, or again with
 // another Config, ends in the same state as doing it once. The error matches tun.ErrBusy if somebody reads the device
 // already, and is a *CollisionError if the namespace has rules or routes in the way; in both cases nothing was changed.
-// On any other error what was done is undone, unless capture was in force before.
+// On any other error what was done is undone, unless something was attached before.
 //
-// A namespace that is captured already, without prev to say since when, has no older flows: every segment of a flow that the
+// A namespace in which something is attached already, without prev to say since when, has no older flows: every segment of a flow that the
 // proxy does not know gets a reset.
 func Attach(ctx context.Context, ns *os.File, cfg Config, prev *State) (*Attachment, error) {
 	return attach(ctx, ns, cfg, prev, false)
@@ -103,7 +104,7 @@ func attach(ctx context.Context, ns *os.File, cfg Config, prev *State, mayBeBusy
 	dev, exists := w.link(cfg.Device)
 	known := prev != nil && prev.of(k)
 	a.lost = exists && !known
-	wasCaptured := w.captured()
+	wasTouched := w.touched(&cfg)
 	a.state = State{Version: stateVersion, Device: cfg.Device, Boot: k.boot, Netns: k.cookie}
 	if known {
 		a.state.Sysctls, a.state.Older = slices.Clone(prev.Sysctls), prev.Older
@@ -118,10 +119,10 @@ func attach(ctx context.Context, ns *os.File, cfg Config, prev *State, mayBeBusy
 		}
 	}
 	if err = a.establish(ctx); err == nil {
-		err = a.findOlder(ctx, known, wasCaptured)
+		err = a.findOlder(ctx, known, wasTouched)
 	}
 	if err != nil {
-		a.undo(ctx, wasCaptured)
+		a.undo(ctx, wasTouched)
 		return nil, err
 	}
 	return a, nil
@@ -142,7 +143,9 @@ func (a *Attachment) establish(ctx context.Context) error {
 	}
 }
 
-func (a *Attachment) findOlder(ctx context.Context, known, wasCaptured bool) error {
+// findOlder lists flows only in a fresh namespace: a list made later would hold proxied flows, which would then be
+// forwarded in plain text.
+func (a *Attachment) findOlder(ctx context.Context, known, wasTouched bool) error {
 	w, err := a.kernel.observe(ctx)
 	if err != nil {
 		return err
@@ -152,9 +155,9 @@ func (a *Attachment) findOlder(ctx context.Context, known, wasCaptured bool) err
 		return err
 	}
 	switch {
-	case known && wasCaptured:
+	case known:
 		a.state.Older = stillThere(a.state.Older, sockets)
-	case wasCaptured:
+	case wasTouched:
 		a.state.Older = nil
 	default:
 		a.state.Older = olderFlows(sockets)
@@ -162,13 +165,13 @@ func (a *Attachment) findOlder(ctx context.Context, known, wasCaptured bool) err
 	return nil
 }
 
-// undo takes back what a failed Attach did, unless the pod was captured before: then it stays so.
-func (a *Attachment) undo(ctx context.Context, wasCaptured bool) {
+// undo takes back what a failed Attach did, unless it was not the first: then capture stays.
+func (a *Attachment) undo(ctx context.Context, wasTouched bool) {
 	if a.File != nil {
 		_ = a.File.Close()
 		a.File = nil
 	}
-	if wasCaptured {
+	if wasTouched {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)

@@ -73,6 +73,8 @@ func newEnv(t *testing.T) *env {
 	e.wire = e.peer.Capture("p0")
 	// Neighbours are known, so that a test's packet is never delayed by asking for them.
 	e.neighbours()
+	e.pod.Settled()
+	e.peer.Settled()
 	return e
 }
 
@@ -357,7 +359,7 @@ func readDevice(t *testing.T, f *os.File) *device {
 		t.Fatal(err)
 	}
 	d := &device{file: f, stop: stop, done: make(chan struct{})}
-	go d.read()
+	go d.read(stop)
 	t.Cleanup(d.close)
 	return d
 }
@@ -377,14 +379,14 @@ func (d *device) close() {
 	_ = d.file.Close()
 }
 
-func (d *device) read() {
+func (d *device) read(stop int) {
 	defer close(d.done)
 	defer func() {
 		d.mu.Lock()
 		d.dead = true
 		d.mu.Unlock()
 	}()
-	fd, stop := int(d.file.Fd()), d.stop
+	fd := int(d.file.Fd())
 	buf := make([]byte, 1<<16+virtioHeader)
 	for {
 		fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}, {Fd: int32(stop), Events: unix.POLLIN}}

@@ -21,6 +21,7 @@ const (
 	prioInLinkLocal  = 19  // link-local TCP would reach the app past policy
 	prioIn           = 20  // inbound capture
 	prioInStop       = 21  // backstop when the table has lost its routes
+	prioHidden       = 22  // TCP behind headers that rules cannot look past, but the app's stack can
 	prioLocal        = 100 // "lookup local", moved here from 0
 	prioRouter       = 101 // forwarding must not make the pod a router
 	prioOutLinkLocal = 104 // link-local TCP outward
@@ -53,6 +54,10 @@ const (
 )
 
 const dnsPort = 53
+
+// hiding are the extension headers behind which the kernel's rules see no TCP: it follows headers up to a fragment header
+// and at most 15 of them, and takes the next one for the protocol. Honest packets look like that hardly ever.
+var hiding = []uint8{unix.IPPROTO_ROUTING, unix.IPPROTO_FRAGMENT, unix.IPPROTO_DSTOPTS}
 
 var linkLocal6 = netip.MustParsePrefix("fe80::/10")
 
@@ -188,6 +193,13 @@ func (p *plan) rulesFor(cfg *Config, w *world, family uint8) {
 	each(func(l link, to netip.Prefix) {
 		add(rule{Priority: prioInStop, Iif: l.Name, Dst: to, IPProto: tcp, Action: nl.FR_ACT_BLACKHOLE})
 	})
+	for _, l := range p.layer3 {
+		for _, header := range hiding {
+			if v6 {
+				add(rule{Priority: prioHidden, Iif: l.Name, IPProto: header, Action: nl.FR_ACT_BLACKHOLE})
+			}
+		}
+	}
 	add(rule{Priority: prioLocal, Table: unix.RT_TABLE_LOCAL})
 	if !p.routes3(cfg, w, family) {
 		for _, l := range p.layer3 {
@@ -371,13 +383,6 @@ func (w *world) foreignRules() []rule {
 		}
 	}
 	return out
-}
-
-// captured tells whether outbound capture is in force, or only its backstop is.
-func (w *world) captured() bool {
-	return slices.ContainsFunc(w.rules, func(r rule) bool {
-		return r.Protocol == ourProtocol && (r.Priority == prioOut || r.Priority == prioOutStop)
-	})
 }
 
 // touched tells whether anything of ours is in the namespace.

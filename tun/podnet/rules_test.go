@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -103,6 +104,13 @@ var ruleCases = []ruleCase{
 			}
 			e.settle()
 			return e.inSegs() == before
+		},
+	},
+	{
+		name: "TCP behind extension headers does not reach the app", prio: prioHidden, versions: []int{6},
+		holds: func(e *env, v int, port uint16) bool {
+			return e.hiddenSegments(port, 44, 60) == 0 && e.hiddenSegments(port, 60, 44, 60) == 0 &&
+				e.hiddenSegments(port, slices.Repeat([]byte{60}, 18)...) == 0
 		},
 	},
 	{

@@ -184,25 +184,35 @@ func differing(s sysctls, want []setting) []setting {
 	return out
 }
 
-// putSettings writes settings and keeps in st what they were. lost says that earlier values were changed already and are not
-// known any more: then the kernel's defaults take their place.
-func putSettings(s sysctls, st *State, list []setting, lost bool) error {
+// putSettings writes settings and keeps in st what they were.
+func putSettings(s sysctls, st *State, list []setting) error {
 	for _, w := range list {
 		old, ok := s.read(w.Path)
 		if !ok {
 			return fmt.Errorf("podnet: sysctl %s: %w", w.Path, fs.ErrNotExist)
 		}
-		if _, known := st.saved(w.Path); !known && !w.own {
-			if lost {
-				old = kernelDefault(s, w.Path)
-			}
-			st.Sysctls = append(st.Sysctls, SavedSysctl{Path: w.Path, Old: old, New: w.Value})
-		}
+		st.save(w, old)
 		if err := s.write(w.Path, w.Value); err != nil {
 			return fmt.Errorf("podnet: set sysctl %s to %s: %w", w.Path, w.Value, err)
 		}
 	}
 	return nil
+}
+
+// save keeps what a sysctl was before it was changed for the first time.
+func (st *State) save(w setting, old string) {
+	if _, known := st.saved(w.Path); !known && !w.own {
+		st.Sysctls = append(st.Sysctls, SavedSysctl{Path: w.Path, Old: old, New: w.Value})
+	}
+}
+
+// guess takes the kernel's defaults for what sysctls were, where they were changed by an Attachment whose State is lost.
+func (st *State) guess(s sysctls, list []setting) {
+	for _, w := range list {
+		if _, ok := s.read(w.Path); ok {
+			st.save(w, kernelDefault(s, w.Path))
+		}
+	}
 }
 
 // keepForwarding notes what "all" was: its change resets every interface, and restore must not undo the pod's own wish.

@@ -69,14 +69,19 @@ func (a *Attachment) pass(ctx context.Context) (*passed, error) {
 	}
 	var p *plan
 	err = a.kernel.onSysctls(ctx, func(s sysctls) error {
+		keepForwarding(s, &a.state)
+		if a.lost {
+			p := &plan{}
+			p.classify(&a.cfg, w)
+			a.state.guess(s, settingsFor(s, &a.cfg, w, p))
+		}
 		w.forwards = a.state.forwards(s, w, &a.cfg)
 		if p, err = planFor(&a.cfg, w); err != nil {
 			return err
 		}
-		keepForwarding(s, &a.state)
 		list := differing(s, settingsFor(s, &a.cfg, w, p))
 		r.count(repairSysctl, len(list))
-		return putSettings(s, &a.state, list, a.lost)
+		return putSettings(s, &a.state, list)
 	})
 	if err != nil {
 		return r, err
