@@ -308,3 +308,44 @@ func TestCloseResetsEverything(t *testing.T) {
 		t.Errorf("read: %v, want a reset", err)
 	}
 }
+
+// rule 9: bulk streams of one flow do not keep another's messages waiting for
+// good, neither on one pod nor between pods of one reader.
+func TestBulkLeavesTurnsToOthers(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	on(r.proxy, r.onProxy, func(h *hooks) { h.tcp = acceptEcho })
+	small, err := dialOn(t, r.kernel, netip.AddrPortFrom(pod, 0), service, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stop atomic.Bool
+	var wg sync.WaitGroup
+	for range 4 {
+		bulk, err := dialOn(t, r.kernel, netip.AddrPortFrom(pod, 0), service, patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			for b := make([]byte, 256<<10); !stop.Load(); {
+				if _, err := bulk.Write(b); err != nil {
+					return
+				}
+			}
+			bulk.Reset()
+		})
+		wg.Go(func() { io.Copy(io.Discard, struct{ io.Reader }{bulk}) })
+	}
+	b := make([]byte, 64)
+	for range 100 {
+		if _, err := small.Write(b); err != nil {
+			t.Error(err)
+			break
+		}
+		if _, err := io.ReadFull(struct{ io.Reader }{small}, b); err != nil {
+			t.Error(err)
+			break
+		}
+	}
+	stop.Store(true)
+	wg.Wait()
+}
