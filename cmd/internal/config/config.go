@@ -32,6 +32,9 @@ type Config struct {
 	Readers int
 	// DrainDeadline is how long connections may go on after SIGTERM. 5s
 	DrainDeadline time.Duration
+	// TLS12 allows TLS 1.2 towards the control plane. Between workloads it is
+	// never spoken.
+	TLS12 bool
 	// DNS answers the DNS queries that pods were told to send to the proxy.
 	DNS bool
 	// Args is the command line, as it is shown in the dump.
@@ -81,6 +84,26 @@ type Root struct {
 	File   string // Read again whenever it is needed.
 	System bool   // The machine's own roots.
 	PEM    []byte // As given.
+}
+
+// Source is r as the clients of the control plane take it: a path, SYSTEM, or PEM.
+func (r Root) Source() string {
+	switch {
+	case r.System:
+		return "SYSTEM"
+	case r.PEM != nil:
+		return string(r.PEM)
+	}
+	return r.File
+}
+
+// Pairs are the headers as the clients of the control plane take them.
+func (u Upstream) Pairs() [][2]string {
+	var out [][2]string
+	for _, h := range u.Headers {
+		out = append(out, [2]string{h.Name, h.Value})
+	}
+	return out
 }
 
 // Auth is how the proxy shows who it is. Zero: not at all.

@@ -197,6 +197,7 @@ func (l *loader) upstreams(mesh proxyConfig, dir string) {
 		istiod = "https://istiod.istio-system.svc:15012"
 	}
 	l.cfg.XDS.Address, l.cfg.CA.Address = istiod, istiod
+	l.cfg.TLS12 = l.env["TLS12_ENABLED"] == "true"
 	if mesh.DiscoveryAddress != nil {
 		l.cfg.XDS.Address = *mesh.DiscoveryAddress
 	}
@@ -269,6 +270,9 @@ func (l *loader) dataPlane() {
 		c.Keepalive.Retries = int(retries)
 	}
 	c.Keepalive.UserTimeout = l.flag("USER_TIMEOUT_ENABLED", false)
+	if k := c.Keepalive; k.Off || k.UserTimeout || k.Time+k.Interval > 0 || k.Retries > 0 {
+		l.note("KEEPALIVE_* and USER_TIMEOUT_ENABLED are not used yet: connections have ztunnel's default keepalive")
+	}
 
 	switch policy := l.env["COMPLIANCE_POLICY"]; policy {
 	case "":

@@ -72,9 +72,6 @@ func (l *loader) unused() {
 		l.flag("LOCALHOST_APP_TUNNEL", true)
 		l.note("LOCALHOST_APP_TUNNEL is not used: application tunnels are not supported yet")
 	}
-	if l.env["TLS12_ENABLED"] == "true" {
-		l.note("TLS12_ENABLED is not used: nothing below TLS 1.3 is spoken")
-	}
 	if _, ok := l.env["PREFERED_SERVICE_NAMESPACE"]; ok {
 		l.note("PREFERED_SERVICE_NAMESPACE is not used yet")
 	}

@@ -50,6 +50,29 @@ func (m *Metrics) Counter(name, help string, read func() uint64) {
 		func() float64 { return float64(read()) }))
 }
 
+// Counters adds a family of counters that differ in one label and are read when
+// they are scraped. Those that are zero are not shown.
+func (m *Metrics) Counters(name, help, label string, read func() map[string]uint64) {
+	m.registry.MustRegister(&counters{prometheus.NewDesc(name, help, []string{label}, nil), read})
+}
+
+type counters struct {
+	desc *prometheus.Desc
+	read func() map[string]uint64
+}
+
+// Describe implements prometheus.Collector.
+func (c *counters) Describe(out chan<- *prometheus.Desc) { out <- c.desc }
+
+// Collect implements prometheus.Collector.
+func (c *counters) Collect(out chan<- prometheus.Metric) {
+	for value, n := range c.read() {
+		if n > 0 {
+			out <- prometheus.MustNewConstMetric(c.desc, prometheus.CounterValue, float64(n), value)
+		}
+	}
+}
+
 // XDS adds the metrics of the control plane's client.
 func (m *Metrics) XDS(read func() xds.Stats) { m.registry.MustRegister(xdsCollector(read)) }
 

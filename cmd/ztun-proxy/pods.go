@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/ztun/ztun/cmd/internal/admin"
+	"github.com/ztun/ztun/cmd/internal/telemetry"
+	"github.com/ztun/ztun/cmd/internal/zds"
+	"github.com/ztun/ztun/netstack"
+	"github.com/ztun/ztun/tun"
+	"github.com/ztun/ztun/tunnel"
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+// pods turns what the agent says into stacks and tunnels. It is a zds.Starter.
+type pods struct {
+	engine  *netstack.Engine
+	traffic *telemetry.Traffic
+	log     *slog.Logger
+	// config is what all pods have in common.
+	config tunnel.Config
+
+	// mu guards the fields below.
+	mu      sync.Mutex
+	running map[*pod]struct{}
+	ended   map[string]uint64 // What the pods that stopped have counted.
+}
+
+// pod serves one pod.
+type pod struct {
+	owner  *pods
+	name   string
+	tunnel *tunnel.Pod
+	stack  *netstack.Stack
+}
+
+var _ zds.Starter = (*pods)(nil)
+
+// Start implements zds.Starter.
+func (p *pods) Start(w zds.Workload, f *os.File) (zds.Proxy, error) {
+	if w.Device == nil {
+		_ = f.Close()
+		return nil, errors.New("the agent sent no description of a device: it is not ztun's")
+	}
+	d := w.Device
+	dev, err := tun.New(f, tun.Options{MTU: d.MTU, Offload: d.Offload})
+	if err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	name := w.Namespace + "/" + w.Name
+	log := p.log.With("wl", name)
+	s := &pod{owner: p, name: name}
+	s.stack, err = p.engine.Add(dev, stackConfig(name, d, log), func(stack *netstack.Stack) (netstack.Handler, error) {
+		cfg := p.config
+		cfg.Workload = tunnel.Workload{Name: w.Name, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount}
+		cfg.Addrs, cfg.Stack, cfg.Recorder, cfg.Log = d.Addresses, stack, p.traffic.Recorder(), log
+		var err error
+		s.tunnel, err = tunnel.NewPod(cfg)
+		if err != nil {
+			return nil, err
+		}
+		return handler{s.tunnel}, nil
+	})
+	if err != nil {
+		if s.tunnel != nil {
+			s.tunnel.Close()
+		}
+		_ = dev.Close()
+		return nil, err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.running[s] = struct{}{}
+	return s, nil
+}
+
+// counts are what the stacks and tunnels of all pods have counted, those that
+// stopped included: a counter never goes down.
+func (p *pods) counts() map[string]uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	sum := maps.Clone(p.ended)
+	for s := range p.running {
+		s.count(sum)
+	}
+	return sum
+}
+
+// count adds to sum what happened at the pod that somebody may want to know.
+func (s *pod) count(sum map[string]uint64) {
+	stack := s.stack.Stats()
+	pod, _, _ := s.tunnel.Stats()
+	for event, n := range map[string]uint64{
+		"bad_header": stack.BadHeader, "malformed": stack.Malformed, "not_tcp": stack.NotTCP,
+		"foreign_source": stack.ForeignSource, "bad_checksum": stack.BadChecksum, "drained": stack.Drained,
+		"forwarded": stack.Forwarded, "stray": stack.Stray, "write_failed": stack.WriteFailed,
+		"limit_connections": stack.LimitConnections + pod.Limited.Load(), "limit_pending": stack.LimitPending,
+		"expired": stack.Expired, "cut": pod.Cut.Load(),
+	} {
+		sum[event] += n
+	}
+}
+
+func stackConfig(name string, d *zds.Device, log *slog.Logger) netstack.StackConfig {
+	cfg := netstack.StackConfig{
+		Name:              name,
+		Addrs:             d.Addresses,
+		BypassInbound:     d.BypassInbound,
+		VirtualInterfaces: d.VirtualInterfaces,
+		// CaptureDNS stays off until something answers: captured queries go on
+		// to the server that the app asked.
+		IsProbe: probes(d, log),
+		Gone: func(err error) {
+			log.Warn("pod's device is gone; the agent makes another", "error", err)
+		},
+	}
+	for _, f := range d.OlderFlows {
+		cfg.Older = append(cfg.Older, netstack.Tuple{Local: f.Local, Remote: f.Remote})
+	}
+	return cfg
+}
+
+// probes says whether a plaintext connection may be the kubelet's: it comes
+// from the node to a port that the agent named. The agent could tell which
+// socket it is; until it is asked, that must do.
+func probes(d *zds.Device, log *slog.Logger) func(src, dst netip.AddrPort) bool {
+	if len(d.NodeAddresses) == 0 || len(d.ProbePorts) == 0 {
+		return nil
+	}
+	var once sync.Once
+	return func(src, dst netip.AddrPort) bool {
+		if !slices.Contains(d.NodeAddresses, src.Addr()) || !slices.Contains(d.ProbePorts, dst.Port()) {
+			return false
+		}
+		once.Do(func() { log.Info("connections from the node to probed ports pass as probes") })
+		return true
+	}
+}
+
+// Stop implements zds.Proxy.
+func (s *pod) Stop() {
+	s.tunnel.Close()
+	s.stack.Close()
+	p := s.owner
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if _, ok := p.running[s]; ok {
+		delete(p.running, s)
+		s.count(p.ended)
+	}
+}
+
+// handler is a pod's netstack.Handler.
+type handler struct{ *tunnel.Pod }
+
+func (h handler) HandleTCP(r *netstack.Request) { h.Pod.HandleTCP(r) }
+
+func (h handler) HandleTunnel(end splice.End, remote, local netip.AddrPort) {
+	h.Pod.HandleTunnel(end, remote, local)
+}
+
+func (h handler) HandleUDP(d *netstack.Datagram) { d.Forward() }
+
+// drainAll lets the connections of all pods end by themselves until ctx ends,
+// then cuts them.
+func drainAll(ctx context.Context, list []zds.PodStatus, log *slog.Logger) {
+	var wg sync.WaitGroup
+	for _, st := range list {
+		s, ok := st.Proxy.(*pod)
+		if !ok {
+			continue
+		}
+		wg.Go(func() {
+			if err := s.tunnel.Drain(ctx); err != nil {
+				log.Info("connections are cut: the deadline has passed", "wl", s.name)
+			}
+			s.Stop()
+		})
+	}
+	wg.Wait()
+}
+
+// dumpTimeout bounds how long the loops may take to list connections.
+const dumpTimeout = 5 * time.Second
+
+// workloadState is the config dump's view of the pods.
+func workloadState(ctx context.Context, list []zds.PodStatus) (map[string]admin.WorkloadState, error) {
+	ctx, cancel := context.WithTimeout(ctx, dumpTimeout)
+	defer cancel()
+	out := make(map[string]admin.WorkloadState, len(list))
+	for _, st := range list {
+		w := st.Workload
+		ws := admin.WorkloadState{
+			State: "Pending",
+			Info:  admin.WorkloadInfo{Name: w.Name, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount},
+		}
+		if s, ok := st.Proxy.(*pod); ok {
+			live, err := s.tunnel.Connections(ctx)
+			if errors.Is(err, tunnel.ErrClosed) {
+				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("connections of %s: %w", s.name, err)
+			}
+			ws.State, ws.Connections = "Up", admin.DumpConnections(live)
+		}
+		out[w.UID] = ws
+	}
+	return out, nil
+}

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/ztun/ztun/cmd/internal/admin"
+	"github.com/ztun/ztun/cmd/internal/telemetry"
+)
+
+// serve runs what build made, until a signal or the admin server ends it.
+func (p *proxy) serve(out *telemetry.Writer) error {
+	signals := make(chan os.Signal, 4)
+	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT)
+	defer signal.Stop(signals)
+
+	http, stopHTTP := context.WithCancel(context.Background())
+	services, stopServices := context.WithCancel(context.Background())
+	agent, stopAgent := context.WithCancel(context.Background())
+	defer stopHTTP()
+	defer stopServices()
+	defer stopAgent()
+
+	waitHTTP, err := p.listen(http, out)
+	if err != nil {
+		return err
+	}
+	p.services.Go(func() { p.end("xds", p.xds.Run(services)) })
+	p.services.Go(func() { p.end("certificates", p.certs.Run(services)) })
+	p.services.Go(func() { p.followMesh(services) })
+	p.ready.Set(taskProxy, true)
+	agentDone := make(chan struct{})
+	go p.talkToAgent(agent, agentDone)
+
+	p.waitForStop(signals)
+	go exitAtSecond(signals)
+	p.log.Info("shutting down", "deadline", p.cfg.DrainDeadline)
+	stopHTTP()
+	stopAgent()
+	<-agentDone
+	drain, cancel := context.WithTimeout(context.Background(), p.cfg.DrainDeadline)
+	drainAll(drain, p.agent.Pods(), p.log)
+	cancel()
+	waitHTTP()
+	p.engine.Close()
+	p.handshakes.Close()
+	stopServices()
+	p.services.Wait()
+	_ = p.ca.Close()
+	p.log.Info("shut down")
+	return nil
+}
+
+// listen opens readiness first, then admin and metrics.
+func (p *proxy) listen(ctx context.Context, out *telemetry.Writer) (wait func(), err error) {
+	log := p.logs.Logger("admin")
+	a := admin.Handler(admin.Config{Logs: p.logs, Dump: p.dump, Quit: func() { p.quitOnce.Do(func() { close(p.quit) }) }})
+	var waits []func()
+	ctx, cancel := context.WithCancel(ctx)
+	defer func() {
+		if err != nil {
+			cancel()
+			for _, w := range waits {
+				w()
+			}
+		}
+	}()
+	for _, s := range []struct {
+		name  string
+		start func() (func(), error)
+	}{
+		{"readiness", func() (func(), error) {
+			return admin.Serve(ctx, "readiness", []netip.AddrPort{p.cfg.Listen.Readiness}, p.ready.Handler(), log)
+		}},
+		{"admin", func() (func(), error) { return admin.Serve(ctx, "admin", p.cfg.Listen.Admin, a, log) }},
+		{"stats", func() (func(), error) {
+			return admin.Serve(ctx, "stats", []netip.AddrPort{p.cfg.Listen.Stats}, admin.Metrics(p.metrics(out)), log)
+		}},
+	} {
+		w, err := s.start()
+		if err != nil {
+			return nil, err
+		}
+		waits = append(waits, w)
+	}
+	return func() {
+		cancel()
+		for _, w := range waits {
+			w()
+		}
+	}, nil
+}
+
+// talkToAgent begins only when the whole mesh is known: a pod that is served
+// before would have its connections refused.
+func (p *proxy) talkToAgent(ctx context.Context, done chan<- struct{}) {
+	defer close(done)
+	select {
+	case <-p.xds.Ready():
+	case <-ctx.Done():
+		return
+	}
+	p.ready.Set(taskState, true)
+	_ = p.agent.Run(ctx)
+}
+
+// end tells of a service that ended by itself.
+func (p *proxy) end(what string, err error) {
+	if err != nil && !errors.Is(err, context.Canceled) {
+		p.log.Error("service ended", "service", what, "error", err)
+	}
+}
+
+func (p *proxy) waitForStop(signals <-chan os.Signal) {
+	select {
+	case s := <-signals:
+		p.log.Info("received signal", "signal", s.String())
+	case <-p.quit:
+		p.log.Info("told to stop by the admin server")
+	}
+}
+
+// exitAtSecond ends the process at once when somebody presses Ctrl-C again.
+func exitAtSecond(signals <-chan os.Signal) {
+	for s := range signals {
+		if s == syscall.SIGINT {
+			os.Exit(0)
+		}
+	}
+}
