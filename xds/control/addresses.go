@@ -102,7 +102,10 @@ func (m Mesh) validate() []error {
 		}
 		v4, v6 = v4 || r.Addr().Is4(), v6 || r.Addr().Is6()
 	}
-	for what, s := range map[string]string{"trust domain": m.TrustDomain, "cluster domain": m.ClusterDomain, "cluster id": m.ClusterID, "root namespace": m.RootNamespace} {
+	for what, s := range sorted(map[string]string{
+		"trust domain": m.TrustDomain, "cluster domain": m.ClusterDomain, "cluster id": m.ClusterID,
+		"root namespace": m.RootNamespace, "network": m.Network,
+	}) {
 		if len(s) > 253 || !isName(s) {
 			errs = append(errs, fmt.Errorf("control: %s %q is not made of letters, digits, dots, dashes and underscores", what, s))
 		}

@@ -124,7 +124,7 @@ func (c Config) Validate() error {
 	if c.CARoot != "" && c.CACert == "" {
 		bad("control: CARoot needs CACert")
 	}
-	for name, d := range map[string]time.Duration{"Debounce": c.Debounce, "Rescan": c.Rescan, "Limits.CertTTL": c.Limits.CertTTL} {
+	for name, d := range sorted(map[string]time.Duration{"Debounce": c.Debounce, "Rescan": c.Rescan, "Limits.CertTTL": c.Limits.CertTTL}) {
 		if d < 0 {
 			bad("control: %s %v is negative", name, d)
 		}
