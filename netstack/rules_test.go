@@ -110,36 +110,27 @@ func TestICMPAmongSegmentsDoesNotDeadlock(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var stop atomic.Bool
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		quoted := segment(service, src, flagACK, 1, 1, nil)[:28]
-		icmp := appendUnreachable(nil, netip.MustParseAddr("10.0.0.254"), service.Addr(), false, quoted)
-		fragment := segment(src, service, flagACK, 1, 1, make([]byte, 64))
-		fragment[6] |= 0x20 // more fragments
-		h := fragment[:20]
-		h[10], h[11] = 0, 0
-		s := ^fold(sum(h, 0))
-		h[10], h[11] = byte(s>>8), byte(s)
-		for !stop.Load() {
+	quoted := segment(service, src, flagACK, 1, 1, nil)[:28]
+	icmp := appendUnreachable(nil, netip.MustParseAddr("10.0.0.254"), service.Addr(), false, quoted)
+	fragment := segment(src, service, flagACK, 1, 1, make([]byte, 64))
+	fragment[6] |= 0x20 // more fragments
+	h := fragment[:20]
+	h[10], h[11] = 0, 0
+	s := ^fold(sum(h, 0))
+	h[10], h[11] = byte(s>>8), byte(s)
+	msg := bytes.Repeat([]byte("x"), 4096)
+	for range 300 {
+		do(c.loop, func() int {
+			c.end.Write(msg[:2048])
 			r.kernel.dev.Write(tun.Header{}, icmp)
 			r.kernel.dev.Write(tun.Header{}, fragment)
-			runtime.Gosched()
-		}
-	})
-	msg := bytes.Repeat([]byte("x"), 4096)
-	for range 500 {
-		if _, err := c.Write(msg); err != nil {
-			t.Error(err)
-			break
-		}
+			c.end.Write(msg[2048:])
+			return 0
+		})
 		if _, err := io.ReadFull(struct{ io.Reader }{c}, msg); err != nil {
-			t.Error(err)
-			break
+			t.Fatal(err)
 		}
 	}
-	stop.Store(true)
-	wg.Wait()
 }
 
 // rule 3: a RST right behind data reaches the far end every time. Without the
