@@ -109,7 +109,9 @@ func (b *builder) podAddrs(p *pod) []netip.Addr {
 			addrs = p.parseAddr(addrs, path{"metadata", "annotations", podIPsAnnotation}, strings.TrimSpace(ip))
 		}
 	case b.embedderAddrs != nil:
-		addrs = b.embedderAddrs(p.ns, p.Name)
+		for _, a := range b.embedderAddrs(p.ns, p.Name) {
+			addrs = p.parseAddr(addrs, nil, a.String())
+		}
 	}
 	return addrs
 }

@@ -33,6 +33,10 @@ func TestProblemsNameFileLineAndField(t *testing.T) {
 		{"bad label", podHead + "metadata: {name: a, labels: {x: 'a b'}}", "f.yaml:3: metadata.labels.x: ", "is no label value"},
 		{"unknown version", "apiVersion: v2\nkind: Pod", "f.yaml:1: apiVersion: ", "known in v1"},
 		{"unknown policy version", "apiVersion: security.istio.io/v9\nkind: PeerAuthentication", "f.yaml:1: apiVersion: ", "v1 and v1beta1"},
+		{"kind in lower case", "apiVersion: v1\nkind: pod", "f.yaml:1: ", "is not known"},
+		{"misspelt policy", "apiVersion: security.istio.io/v1\nkind: AuthorisationPolicy", "f.yaml:1: ", "is not known"},
+		{"policy of another group", "apiVersion: istio.io/v1\nkind: AuthorizationPolicy", "f.yaml:1: ", "is not known"},
+		{"policy without a version", "apiVersion: security.istio.io\nkind: AuthorizationPolicy", "f.yaml:1: ", "v1 and v1beta1"},
 		{"duplicate", docs(podHead+"metadata: {name: a}", podHead+"metadata: {name: a, namespace: default}"), "f.yaml:7: metadata.name: ", "the first is at f.yaml:1"},
 		{"second document", docs(podHead+"metadata: {name: a}", podHead+"metadata: {name: b}\nspec: {x: 1}"), "f.yaml:8: spec.x: ", "unknown field"},
 		{"item of a List", "apiVersion: v1\nkind: List\nitems:\n- apiVersion: v1\n  kind: Pod\n  metadata:\n    nam: x", "f.yaml:7: items[0].metadata.nam: ", "unknown field"},
@@ -82,6 +86,8 @@ func TestAllProblemsAreCollected(t *testing.T) {
 func TestWarningsKeepNothingFromBeingUsed(t *testing.T) {
 	for _, tc := range []struct{ name, yaml, place, text string }{
 		{"unknown kind", "apiVersion: apps/v1\nkind: Deployment\nmetadata: {name: d}\nspec: {whatever: 1}", "f.yaml:1: warning: ", "Deployment apps/v1 is ignored"},
+		{"Service of another group", "apiVersion: serving.knative.dev/v1\nkind: Service\nmetadata: {name: d}", "f.yaml:1: warning: ", "is ignored"},
+		{"RequestAuthentication", "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: d}", "f.yaml:1: warning: ", "is ignored"},
 		{"pod without address", podHead + "metadata: {name: a}", "f.yaml:1: warning: ", "is not served"},
 		{"pod without node", podHead + "metadata: {name: a, labels: {istio.io/dataplane-mode: ambient}}\nspec: {}\nstatus: {podIP: 10.0.0.1}", "f.yaml:4: warning: spec: ", "nodeName is missing"},
 		{"namespace nobody made", podHead + "metadata:\n  name: a\n  namespace: elsewhere\nstatus: {podIP: 10.0.0.1}", "f.yaml:5: warning: metadata.namespace: ", "there is no Namespace elsewhere"},
@@ -171,6 +177,9 @@ func TestUnreadableFilesAndDirectoriesAreProblems(t *testing.T) {
 	}
 	if _, r := Check(Config{Dir: dir}); r.Used || !hasProblem(r, "a.yaml: ", "no such file") {
 		t.Errorf("problems %q", texts(r))
+	}
+	if _, r := Check(Config{Dir: t.TempDir()}); r.Used || !hasProblem(r, "", "holds no .yaml") {
+		t.Errorf("an empty directory is used: %q", texts(r))
 	}
 	if _, r := Check(Config{Dir: filepath.Join(dir, "none")}); r.Used || len(r.Problems) == 0 {
 		t.Error("a directory that is not there is used")

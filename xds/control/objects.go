@@ -141,6 +141,8 @@ func (set *objects) read(d *document, at path, n *yaml.Node, depth int) {
 			return
 		}
 		set.readPolicy(o, n)
+	case misspelt(version, group, kind):
+		d.errorf(at, "%s %s is not known: Pod, Service, Namespace, Node and ServiceAccount are v1, AuthorizationPolicy and PeerAuthentication security.istio.io/v1", kind, version)
 	default:
 		set.counts.Ignored++
 		d.warnf(at, "%s %s is ignored: this control plane does not serve it", kind, version)
@@ -151,6 +153,25 @@ func isCore(kind string) bool {
 	switch kind {
 	case "Pod", "Service", "Namespace", "Node", "ServiceAccount":
 		return true
+	}
+	return false
+}
+
+// misspelt tells what was meant for this control plane from what is another's:
+// a policy with a typing error must not pass for something to ignore.
+func misspelt(version, group, kind string) bool {
+	if group == "security.istio.io" {
+		return kind != "RequestAuthentication"
+	}
+	for _, k := range []string{"AuthorizationPolicy", "PeerAuthentication"} {
+		if strings.EqualFold(kind, k) {
+			return true
+		}
+	}
+	for _, k := range []string{"Pod", "Service", "Namespace", "Node", "ServiceAccount"} {
+		if strings.EqualFold(kind, k) && kind != k && version == "v1" {
+			return true
+		}
 	}
 	return false
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -127,11 +128,15 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 // watch follows the directory and the state until ctx ends.
 func (s *Server) watch(ctx context.Context) {
 	dir := &watcher{src: s.src, debounce: s.cfg.Debounce, rescan: s.cfg.Rescan, wake: make(chan struct{}, 1)}
-	state := &watcher{src: source{dir: s.cfg.State}, debounce: s.cfg.Debounce, rescan: s.cfg.Rescan, wake: make(chan struct{}, 1)}
+	secrets := s.cfg.State
+	if s.cfg.CACert != "" {
+		secrets = filepath.Dir(s.cfg.CACert)
+	}
+	state := &watcher{src: source{dir: secrets}, debounce: s.cfg.Debounce, rescan: s.cfg.Rescan, wake: make(chan struct{}, 1)}
 	var watchers sync.WaitGroup
 	defer watchers.Wait()
 	watchers.Go(func() { dir.run(ctx) })
-	if s.cfg.State != "" || s.cfg.CACert != "" {
+	if secrets != "" {
 		watchers.Go(func() { state.run(ctx) })
 	}
 	for {

@@ -46,6 +46,13 @@ func (s source) read(ps *problems) map[string][]byte {
 		}
 		return files
 	}
+	// A volume that is not mounted yet, or not any more, looks like this too. Who
+	// wants a mesh of nothing says so in a file.
+	defer func() {
+		if len(files) == 0 && !ps.fatal() {
+			ps.add(Problem{File: s.dir, Text: "holds no .yaml, .yml or .json file"})
+		}
+	}()
 	total := int64(0)
 	err := s.walk(func(name, file string) error {
 		if len(files) == maxFiles {

@@ -24,6 +24,9 @@ const (
 	fileLock        = "lock"
 )
 
+// lockPatience is how long another process may hold the state.
+const lockPatience = 10 * time.Second
+
 // trust is the secrets in force: one consistent reading of the state.
 // Immutable.
 type trust struct {
@@ -73,10 +76,16 @@ func (s stateDir) locked(f func() error) error {
 		return fmt.Errorf("control: lock the state: %w", err)
 	}
 	defer lock.Close() // and with it the lock
-	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
-		return fmt.Errorf("control: lock the state: %w", err)
+	// Who holds it holds it for a moment, unless it hangs.
+	for deadline := time.Now().Add(lockPatience); ; time.Sleep(20 * time.Millisecond) {
+		err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil {
+			return f()
+		}
+		if !errors.Is(err, syscall.EWOULDBLOCK) && !errors.Is(err, syscall.EINTR) || time.Now().After(deadline) {
+			return fmt.Errorf("control: lock the state: %w", err)
+		}
 	}
-	return f()
 }
 
 // write replaces a file at once: a reader sees the old one or the new one.

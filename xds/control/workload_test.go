@@ -1,6 +1,7 @@
 package control
 
 import (
+	"net/netip"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -205,6 +206,21 @@ func TestAddressesOfPodsFromElsewhere(t *testing.T) {
 	w := world(t, "apiVersion: v1\nkind: Pod\nmetadata: {name: a, annotations: {ztun.io/pod-ips: '10.0.0.1, fd00::1'}}")
 	if got := len(w.workload(t, "default", "a").Addresses); got != 2 {
 		t.Errorf("%d addresses from the annotation", got)
+	}
+	files := NewStatic(map[string]string{"f.yaml": "apiVersion: v1\nkind: Pod\nmetadata: {name: a}"})
+	known := func(addrs ...netip.Addr) func(ns, name string) []netip.Addr {
+		return func(ns, name string) []netip.Addr {
+			if ns == "default" && name == "a" {
+				return addrs
+			}
+			return nil
+		}
+	}
+	if w, r := Check(Config{Static: files, PodAddrs: known(netip.MustParseAddr("10.0.0.5"))}); !r.Used || len(w.workload(t, "default", "a").Addresses) != 1 {
+		t.Errorf("from the embedder: %q", texts(r))
+	}
+	if _, r := Check(Config{Static: files, PodAddrs: known(netip.Addr{})}); r.Used {
+		t.Error("an invalid address from the embedder is used")
 	}
 	if got := w.Pods(); len(got) != 1 || len(got[0].Addrs) != 2 {
 		t.Errorf("places %v", got)
