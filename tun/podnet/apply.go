@@ -2,7 +2,9 @@ package podnet
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net"
 	"slices"
 
 	"github.com/vishvananda/netlink"
@@ -114,27 +116,33 @@ func (k *kernel) apply(ctx context.Context, d diff) error {
 	return nil
 }
 
-// linkDiffers tells what of the device is not as it should be: its MTU (IPv6 needs 1280), queue, and being up.
-func linkDiffers(dev link, p *plan) (mtu, queue, down bool) {
-	return dev.MTU != deviceMTU(p), dev.TxQueue != txQueue, !dev.Up
+// linkDiffers tells whether the device's MTU (IPv6 needs 1280) or queue is not as it should be, or it is down.
+func linkDiffers(dev link, p *plan) bool {
+	return dev.MTU != deviceMTU(p) || dev.TxQueue != txQueue || !dev.Up
 }
 
 func deviceMTU(p *plan) int { return int(max(p.mtu, 1280)) }
 
-// putLink mends the device's attributes, up being the last.
-func (k *kernel) putLink(dev link, p *plan) error {
-	mtu, queue, down := linkDiffers(dev, p)
-	if mtu {
+// putLink mends the device's attributes, takes stray addresses from it and brings it up.
+func (k *kernel) putLink(dev link, p *plan, stray []address) error {
+	if dev.MTU != deviceMTU(p) {
 		if err := k.links.LinkSetMTU(dev.handle(), deviceMTU(p)); err != nil {
 			return fmt.Errorf("podnet: MTU of %s: %w", dev.Name, err)
 		}
 	}
-	if queue {
+	if dev.TxQueue != txQueue {
 		if err := k.links.LinkSetTxQLen(dev.handle(), txQueue); err != nil {
 			return fmt.Errorf("podnet: queue of %s: %w", dev.Name, err)
 		}
 	}
-	if down {
+	for _, a := range stray {
+		ip := a.Prefix.Addr()
+		del := &netlink.Addr{IPNet: &net.IPNet{IP: ip.AsSlice(), Mask: net.CIDRMask(a.Prefix.Bits(), ip.BitLen())}}
+		if err := k.links.AddrDel(dev.handle(), del); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return fmt.Errorf("podnet: address %v of %s: %w", ip, dev.Name, err)
+		}
+	}
+	if !dev.Up {
 		if err := k.links.LinkSetUp(dev.handle()); err != nil {
 			return fmt.Errorf("podnet: %s up: %w", dev.Name, err)
 		}

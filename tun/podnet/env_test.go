@@ -348,6 +348,14 @@ type device struct {
 	mu      sync.Mutex
 	packets [][]byte
 	dead    bool
+	forward func(b []byte) bool
+}
+
+// setForward lets the reader give back, as they are, packets that match.
+func (d *device) setForward(match func(b []byte) bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.forward = match
 }
 
 const virtioHeader = 10
@@ -405,7 +413,11 @@ func (d *device) read(stop int) {
 		}
 		d.mu.Lock()
 		d.packets = append(d.packets, append([]byte(nil), buf[virtioHeader:n]...))
+		back := d.forward != nil && d.forward(buf[virtioHeader:n])
 		d.mu.Unlock()
+		if back {
+			_, _ = unix.Write(fd, buf[:n])
+		}
 	}
 }
 
@@ -549,7 +561,7 @@ func echo(t *testing.T, l net.Listener) {
 				return
 			}
 			t.Cleanup(func() { _ = c.Close() })
-			go func() { _, _ = io.Copy(c, c) }()
+			go func() { _, _ = io.Copy(c, c); _ = c.Close() }()
 		}
 	})
 }

@@ -122,6 +122,9 @@ func stillThere(older []Flow, sockets []socket) []Flow {
 
 // destroy ends a socket: the app sees ECONNABORTED, the reset that the kernel sends is captured.
 func (k *kernel) destroy(ctx context.Context, s socket) error {
+	if k.cannotDestroy {
+		return unix.EOPNOTSUPP
+	}
 	err := k.request(ctx, unix.NETLINK_INET_DIAG, nl.SOCK_DESTROY, unix.NLM_F_ACK, func(req *nl.NetlinkRequest) {
 		req.AddData(&diagRequest{family: s.family, id: s.id})
 	}, nil)

@@ -55,8 +55,9 @@ func procSys() sysctls {
 // settingsFor decides every sysctl, in the order in which they must be written.
 //
 // tcp_early_demux off: a forwarded packet whose 4-tuple the pod's kernel knows would be tied to that socket, and is then dropped
-// instead of forwarded. accept_local: packets from the device have the pod's own source. rp_filter: replies to the pod's TCP leave by
-// the device, not the interface they came from. addr_gen_mode: no router solicitation, no random source on the device.
+// instead of forwarded. accept_local and no rp_filter on the device: what the proxy sends has the pod's own source, and answers
+// to captured DNS come from where main would not send them; TCP passes the check as it is, since its reverse path runs
+// through the same rules. addr_gen_mode: no router solicitation, no random source on the device.
 func settingsFor(s sysctls, cfg *Config, w *world, p *plan) []setting {
 	list := []setting{{Path: earlyDemux, Value: "0"}}
 	dev := func(path, value string) { list = append(list, setting{Path: path, Value: value, own: true}) }
@@ -70,7 +71,7 @@ func settingsFor(s sysctls, cfg *Config, w *world, p *plan) []setting {
 	dev(conf4+cfg.Device+"/forwarding", "1")
 	dev(conf4+cfg.Device+"/accept_local", "1")
 	dev(conf4+cfg.Device+"/send_redirects", "0")
-	list = append(list, reversePath(s, cfg, w, p)...)
+	list = append(list, reversePath(s, cfg, w)...)
 
 	dev(conf6+cfg.Device+"/addr_gen_mode", "1")
 	dev(conf6+cfg.Device+"/accept_ra", "0")
@@ -78,31 +79,25 @@ func settingsFor(s sysctls, cfg *Config, w *world, p *plan) []setting {
 	return append(list, forwarding(s, cfg, w, p)...)
 }
 
-// reversePath turns rp_filter from strict to loose where packets are captured, and off on the device, which has no address.
-// The kernel takes the larger of an interface's value and that of "all": "all" must be 0, so the others take it over.
-func reversePath(s sysctls, cfg *Config, w *world, p *plan) []setting {
+// reversePath turns rp_filter off on the device, which has no address. The kernel takes the larger of an interface's value and
+// that of "all": "all" must be 0, so the others take it over. Writing "default" also changes those never written, so it comes first.
+func reversePath(s sysctls, cfg *Config, w *world) []setting {
 	const leaf = "/rp_filter"
 	all, ok := s.read(conf4 + "all" + leaf)
 	if !ok {
 		return nil
 	}
 	var list []setting
-	for _, l := range w.links {
-		if l.Name == cfg.Device {
-			continue
+	keep := func(name string) {
+		if own, ok := s.read(conf4 + name + leaf); ok {
+			list = append(list, setting{Path: conf4 + name + leaf, Value: max(own, all)})
 		}
-		own, ok := s.read(conf4 + l.Name + leaf)
-		if !ok {
-			continue
-		}
-		effective := max(own, all)
-		if effective == "1" && slices.Contains(p.layer3, l) {
-			effective = "2"
-		}
-		list = append(list, setting{Path: conf4 + l.Name + leaf, Value: effective})
 	}
-	if own, ok := s.read(conf4 + "default" + leaf); ok && all != "0" {
-		list = append(list, setting{Path: conf4 + "default" + leaf, Value: max(own, all)})
+	keep("default")
+	for _, l := range w.links {
+		if l.Name != cfg.Device {
+			keep(l.Name)
+		}
 	}
 	return append(list,
 		setting{Path: conf4 + "all" + leaf, Value: "0"},
@@ -184,19 +179,24 @@ func differing(s sysctls, want []setting) []setting {
 	return out
 }
 
-// putSettings writes settings and keeps in st what they were.
-func putSettings(s sysctls, st *State, list []setting) error {
+// putSettings writes the settings that differ, keeps in st what they were, and counts them. Each is read when its turn has
+// come, since writing one may change others.
+func putSettings(s sysctls, st *State, list []setting) (n int, err error) {
 	for _, w := range list {
 		old, ok := s.read(w.Path)
-		if !ok {
-			return fmt.Errorf("podnet: sysctl %s: %w", w.Path, fs.ErrNotExist)
+		if !ok && w.Path == earlyDemux {
+			return n, fmt.Errorf("podnet: sysctl %s: %w", w.Path, fs.ErrNotExist)
+		}
+		if !ok || old == w.Value {
+			continue
 		}
 		st.save(w, old)
+		n++
 		if err := s.write(w.Path, w.Value); err != nil {
-			return fmt.Errorf("podnet: set sysctl %s to %s: %w", w.Path, w.Value, err)
+			return n, fmt.Errorf("podnet: set sysctl %s to %s: %w", w.Path, w.Value, err)
 		}
 	}
-	return nil
+	return n, nil
 }
 
 // save keeps what a sysctl was before it was changed for the first time.

@@ -79,17 +79,18 @@ func (a *Attachment) pass(ctx context.Context) (*passed, error) {
 		if p, err = planFor(&a.cfg, w); err != nil {
 			return err
 		}
-		list := differing(s, settingsFor(s, &a.cfg, w, p))
-		r.count(repairSysctl, len(list))
-		return putSettings(s, &a.state, list)
+		n, err := putSettings(s, &a.state, settingsFor(s, &a.cfg, w, p))
+		r.count(repairSysctl, n)
+		return err
 	})
 	if err != nil {
 		return r, err
 	}
 	if dev, ok := w.link(a.cfg.Device); ok {
-		if mtu, queue, down := linkDiffers(dev, p); mtu || queue || down {
+		stray := w.addrsOf(dev)
+		if linkDiffers(dev, p) || len(stray) > 0 {
 			r.count(repairLink, 1)
-			if err := a.kernel.putLink(dev, p); err != nil {
+			if err := a.kernel.putLink(dev, p, stray); err != nil {
 				return r, err
 			}
 		}
@@ -150,8 +151,8 @@ func (a *Attachment) verify(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if mtu, queue, down := linkDiffers(dev, p); mtu || queue || down {
-			differences = append(differences, fmt.Sprintf("link %s: MTU %d, queue %d, up %v", dev.Name, dev.MTU, dev.TxQueue, dev.Up))
+		if stray := w.addrsOf(dev); linkDiffers(dev, p) || len(stray) > 0 {
+			differences = append(differences, fmt.Sprintf("link %s: MTU %d, queue %d, up %v, %d addresses", dev.Name, dev.MTU, dev.TxQueue, dev.Up, len(stray)))
 		}
 		for _, d := range differing(s, settingsFor(s, &a.cfg, w, p)) {
 			have, _ := s.read(d.Path)

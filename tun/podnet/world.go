@@ -57,6 +57,16 @@ func (w *world) linkAt(index int) (link, bool) {
 	return link{}, false
 }
 
+func (w *world) addrsOf(l link) []address {
+	var out []address
+	for _, a := range w.addrs {
+		if a.Link == l.Index {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
 // observe reads the namespace. Forwarding is read from sysctls by sysctls.go.
 func (k *kernel) observe(ctx context.Context) (*world, error) {
 	w := &world{families: k.families(), forwards: map[uint8]bool{}}
