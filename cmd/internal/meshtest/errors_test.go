@@ -3,6 +3,7 @@ package meshtest
 import (
 	"errors"
 	"io"
+	"net"
 	"net/netip"
 	"strings"
 	"syscall"
@@ -14,6 +15,7 @@ import (
 	"github.com/ztun/ztun/tun/netnstest"
 	"github.com/ztun/ztun/tun/podnet"
 	"github.com/ztun/ztun/tunnel"
+	"github.com/ztun/ztun/xds/securityapi"
 )
 
 // unreachable makes the fabric answer for a prefix with an ICMP error.
@@ -127,4 +129,77 @@ func TestRecordsEndOnce(t *testing.T) {
 	if rec.Sent != uint64(len("secret payload")) || rec.Received <= rec.Sent {
 		t.Errorf("sent %d, received %d", rec.Sent, rec.Received)
 	}
+}
+
+// Row 11 of facts/istio.md 3.3: the tunnel port is the proxy's.
+func TestAppOnTheTunnelPortIsNotReached(t *testing.T) {
+	w := newTwo(t)
+	outside := w.Bare("outside", nil)
+	heard := make(chan string, 8)
+	w.server.serve(t, ":15008", func(c net.Conn) {
+		b, _ := io.ReadAll(c)
+		heard <- string(b)
+		c.Close()
+	})
+	for _, from := range []*Pod{outside, w.client} {
+		if got, err := from.ask(t, addr(w.server.Addr, 15008), "hello app"); err == nil && strings.Contains(got, "hello") {
+			t.Errorf("%s got %q", from.Name, got)
+		}
+	}
+	select {
+	case got := <-heard:
+		t.Errorf("the app heard %q", got)
+	default:
+	}
+}
+
+// Row 24: link-local addresses of the network are captured like any other.
+func TestMetadataAddressIsPassedThrough(t *testing.T) {
+	w := newTwo(t)
+	outside := w.Bare("metadata", nil)
+	outside.NS.Addr("eth0", "169.254.169.254/32")
+	w.client.NS.Route("169.254.169.254/32", "", "eth0")
+	outside.serve(t, ":80", hello)
+	if got := w.client.mustAsk(t, "169.254.169.254:80").Addr(); got != w.client.Addr {
+		t.Errorf("the server saw %v, want %v", got, w.client.Addr)
+	}
+	w.na.Records.Wait(t, "captured connection", func(r *tunnel.Record) bool { return r.Dst.Port() == 80 })
+}
+
+func TestPolicyChangeCutsLiveConnections(t *testing.T) {
+	w := newTwo(t)
+	outside := w.Bare("outside", nil)
+	for _, client := range []*Pod{w.client, outside} {
+		c, s := pair(t, client, w.server)
+		io.WriteString(c, "x")
+		mustRead(t, s, "x")
+		w.Tell(&securityapi.Authorization{
+			Name: "deny-all", Namespace: Namespace, Scope: securityapi.Scope_NAMESPACE, Action: securityapi.Action_DENY,
+			Rules: []*securityapi.Rule{{}},
+		})
+		for _, end := range []*net.TCPConn{c, s} {
+			if _, err := io.ReadAll(end); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("%s: %v, want ECONNRESET", client.Name, err)
+			}
+		}
+		if _, err := client.ask(t, addr(w.server.Addr, 9000), "x"); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("%s: new connection: %v, want ECONNREFUSED", client.Name, err)
+		}
+		w.ForgetPolicy(Namespace + "/deny-all")
+	}
+}
+
+func TestPolicyNotDeliveredYetIsNotOpen(t *testing.T) {
+	w := newTwo(t)
+	w.server.serve(t, ":8080", hello)
+	w.server.Workload.AuthorizationPolicies = []string{Namespace + "/later"}
+	w.Tell(w.server.Workload)
+	if _, err := w.client.ask(t, addr(w.server.Addr, 8080), "x"); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("%v, want ECONNREFUSED", err)
+	}
+	w.Tell(&securityapi.Authorization{
+		Name: "later", Namespace: Namespace, Scope: securityapi.Scope_WORKLOAD_SELECTOR,
+		Rules: []*securityapi.Rule{{}},
+	})
+	w.client.mustAsk(t, addr(w.server.Addr, 8080))
 }
