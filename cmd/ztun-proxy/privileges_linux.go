@@ -82,9 +82,6 @@ func dropAndExec() error {
 	if verifyPrivileges("/proc/self/task") == nil {
 		return nil
 	}
-	if n, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0); err != nil || n == 1 && os.Getpid() == os.Getppid() {
-		return fmt.Errorf("privileges: no_new_privs: %w", err)
-	}
 	runtime.LockOSThread()
 	for _, d := range drops() {
 		_, _, errno := syscall.RawSyscall6(d.call, d.args[0], d.args[1], d.args[2], 0, 0, 0)
@@ -92,7 +89,16 @@ func dropAndExec() error {
 			return fmt.Errorf("privileges: %s: %w", d.what, errno)
 		}
 	}
-	return fmt.Errorf("privileges: start again without: %w", syscall.Exec("/proc/self/exe", os.Args, os.Environ()))
+	// With no_new_privs a new program gets nothing that this thread lacks, so
+	// it does not come here again.
+	text, err := os.ReadFile("/proc/thread-self/status")
+	if err == nil {
+		err = verifyStatus(string(text))
+	}
+	if err == nil {
+		err = syscall.Exec("/proc/self/exe", os.Args, os.Environ())
+	}
+	return fmt.Errorf("privileges: start again without: %w", err)
 }
 
 // verifyPrivileges refuses to go on if any thread has, or can get, a privilege.

@@ -98,7 +98,8 @@ type Status struct {
 type Phase string
 
 const (
-	// Attaching: the pod's plumbing is not in place; the pod has no mesh.
+	// Attaching: the pod's plumbing is not in place, or an earlier agent made
+	// it and this one has yet to look.
 	Attaching Phase = "attaching"
 	// Attached: captured, but no proxy has the device. TCP goes nowhere.
 	Attached Phase = "attached"

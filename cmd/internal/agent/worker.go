@@ -63,7 +63,7 @@ func newWorker(a *Agent, p Pod, st *podnet.State) *worker {
 		wake: make(chan struct{}, 1), wanted: &p, last: p, state: st, phase: Attaching,
 	}
 	if st != nil {
-		w.current, w.phase = p, Attached
+		w.current = p
 	}
 	return w
 }
@@ -222,14 +222,12 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 	if err != nil {
 		return err
 	}
-	told := w.current
-	w.current = p
-	if err := w.offer(ctx, a, p, told); err != nil {
-		_ = a.ns.Close()
+	if err := w.offer(ctx, a, p, w.current); err != nil {
 		_ = a.Close()
+		_ = a.ns.Close()
 		return err
 	}
-	w.attached = a
+	w.attached, w.current = a, p
 	w.mu.Lock()
 	w.live = a.Attachment
 	if w.wanted != nil {
