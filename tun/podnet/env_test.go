@@ -565,3 +565,17 @@ func echo(t *testing.T, l net.Listener) {
 		}
 	})
 }
+
+// newBenchEnv attaches a pod with one interface and no reader.
+func newBenchEnv(b *testing.B) *Attachment {
+	b.Helper()
+	pod, peer := netnstest.New(b, "pod"), netnstest.New(b, "peer")
+	netnstest.Veth(b, pod, "eth0", peer, "p0")
+	pod.Addr("eth0", "10.1.0.2/24", "fd01::2/64")
+	a, err := Attach(b.Context(), pod.File(), Config{}, nil)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _, _ = a.Close(), a.File.Close() })
+	return a
+}
