@@ -10,7 +10,7 @@ COPY . .
 ARG TARGETOS=linux TARGETARCH TARGETVARIANT
 ARG VERSION=devel
 RUN CGO_ENABLED=0 GOOS=$TARGETOS GOARCH=$TARGETARCH GOARM=${TARGETVARIANT#v} \
-    go build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o /out/ \
+    go build -trimpath -ldflags "-s -w -X main.version=$VERSION -X main.release=$VERSION" -o /out/ \
     $(for main in cmd/*/main.go; do echo "./$(dirname $main)"; done)
 
 FROM scratch

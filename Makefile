@@ -3,7 +3,7 @@
 GO      ?= go
 BIN     := bin
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
-LDFLAGS := -s -w -X main.version=$(VERSION)
+LDFLAGS := -s -w -X main.version=$(VERSION) -X main.release=$(VERSION)
 # Programs that exist: the table of the design names more than today has.
 CMDS    := $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go))))
 IMAGE   ?= ztun

@@ -76,7 +76,10 @@ func tryStart(t *testing.T, o Options) (*Lab, error) {
 	t.Helper()
 	netnstest.Require(t)
 	o.Name = fmt.Sprintf("test-%d-%d", os.Getpid(), labs.Add(1))
-	o.Program, o.Proxy = program, proxy
+	o.Program = program
+	if o.Proxy == "" {
+		o.Proxy = proxy
+	}
 	var progress bytes.Buffer
 	o.Progress = &progress
 	l, err := Start(t.Context(), o)

@@ -10,9 +10,9 @@ import (
 	"github.com/ztun/ztun/tun/netnstest"
 )
 
-// program is the real ztun, and proxy stands in for ztun-proxy: these labs
-// have no pod in the mesh.
-var program, proxy string
+// program and realProxy are the real ones; proxy stands in for ztun-proxy in
+// labs that have no pod in the mesh.
+var program, realProxy, proxy string
 
 type suite struct{ *testing.M }
 
@@ -24,11 +24,11 @@ func (s suite) Run() int {
 		return 1
 	}
 	defer os.RemoveAll(dir)
-	program, proxy = filepath.Join(dir, "ztun"), filepath.Join(dir, "ztun-proxy")
-	build := exec.Command("go", "build", "-o", program, "../../ztun")
+	program, realProxy, proxy = filepath.Join(dir, "ztun"), filepath.Join(dir, "ztun-proxy"), filepath.Join(dir, "no-proxy")
+	build := exec.Command("go", "build", "-o", dir, "../../ztun", "../../ztun-proxy")
 	build.Stdout, build.Stderr = os.Stdout, os.Stderr
 	if err := build.Run(); err != nil {
-		fmt.Fprintln(os.Stderr, "build ztun:", err)
+		fmt.Fprintln(os.Stderr, "build ztun and ztun-proxy:", err)
 		return 1
 	}
 	if err := os.WriteFile(proxy, []byte("#!/bin/sh\nexec sleep 100000\n"), 0o755); err != nil {

@@ -376,6 +376,9 @@ func (s *supervisor) podServed(uid string) {
 
 // removePod stops a pod's containers, detaches it and takes its namespace away.
 func (s *supervisor) removePod(ctx context.Context, p *pod) error {
+	s.mu.Lock()
+	delete(s.pods, p.key)
+	s.mu.Unlock()
 	p.cancel()
 	select {
 	case <-p.ended:
@@ -397,9 +400,6 @@ func (s *supervisor) removePod(ctx context.Context, p *pod) error {
 			return nil // As above, just now.
 		}))
 	}
-	s.mu.Lock()
-	delete(s.pods, p.key)
-	s.mu.Unlock()
 	return err
 }
 
