@@ -58,13 +58,17 @@ func New(t testing.TB, name string) *NS {
 // Require skips the test, or fails it in CI, where kernel tests cannot run.
 func Require(t testing.TB) {
 	t.Helper()
-	if unavailable == nil {
-		return
+	if unavailable != nil {
+		skip(t, unavailable)
 	}
+}
+
+func skip(t testing.TB, why *Unavailable) {
+	t.Helper()
 	if os.Getenv(envCI) == "true" {
-		t.Fatal(unavailable)
+		t.Fatal(why)
 	}
-	t.Skip(unavailable)
+	t.Skip(why)
 }
 
 // Name is the name given to New.
@@ -116,9 +120,20 @@ func (ns *NS) wrap(cmd *exec.Cmd, name string, args []string) *exec.Cmd {
 	return cmd
 }
 
-// Run runs a program inside the namespace to its end and returns what it printed; the test fails if it fails.
+// packages name what to install for programs that tests run.
+var packages = map[string]string{"ip": "iproute2"}
+
+// Run runs a program inside the namespace to its end and returns what it printed; the test fails if it fails. Without
+// the program it is skipped, as without namespaces.
 func (ns *NS) Run(name string, args ...string) string {
 	ns.t.Helper()
+	if _, err := exec.LookPath(name); err != nil {
+		pkg := packages[name]
+		if pkg == "" {
+			pkg = name
+		}
+		skip(ns.t, &Unavailable{Reason: "there is no program " + name, Mend: "sudo apt-get install -y " + pkg})
+	}
 	out, err := ns.Command(name, args...).CombinedOutput()
 	if err != nil {
 		ns.t.Fatalf("netnstest: in %s: %s %s: %v\n%s", ns.name, name, strings.Join(args, " "), err, out)

@@ -27,10 +27,9 @@ func trace(t *testing.T, ns *netnstest.NS) string {
 	t.Helper()
 	var b strings.Builder
 	for _, args := range []string{
-		"ip -4 rule", "ip -6 rule", "ip -4 route show table all", "ip -6 route show table all", "ip -o addr",
-		"ip -o link",
+		"-4 rule", "-6 rule", "-4 route show table all", "-6 route show table all", "-o addr", "-o link",
 	} {
-		for line := range strings.Lines(ns.Run("sh", "-c", args)) {
+		for line := range strings.Lines(ns.Run("ip", strings.Fields(args)...)) {
 			// Counters of caches and of reference times.
 			if !strings.Contains(line, "cache") {
 				fmt.Fprintf(&b, "%s: %s", args, linkState.ReplaceAllString(line, ""))
@@ -126,6 +125,25 @@ func TestAttachTwiceIsAttachOnce(t *testing.T) {
 	}
 }
 
+// An agent that died before it could store the State detaches all the same.
+func TestDetachWithoutState(t *testing.T) {
+	e := newEnv(t)
+	before := trace(t, e.pod)
+	if err := Detach(t.Context(), e.pod.File(), State{}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, trace(t, e.pod)); diff != "" {
+		t.Errorf("detach of a pod that was never attached (-before +after):\n%s", diff)
+	}
+	e.attach(Config{})
+	if err := Detach(t.Context(), e.pod.File(), State{}, nil); err != nil {
+		t.Fatal(allOf(err))
+	}
+	if diff := cmp.Diff(before, trace(t, e.pod)); diff != "" {
+		t.Errorf("trace after detach (-before +after):\n%s", diff)
+	}
+}
+
 func TestResumeLeavesTheDeviceToItsReader(t *testing.T) {
 	e := newEnv(t)
 	e.attach(Config{})
@@ -211,8 +229,6 @@ func TestAttachRefusesCollisions(t *testing.T) {
 
 func TestFailedAttachUndoesItself(t *testing.T) {
 	e := newEnv(t)
-	before := trace(t, e.pod)
-	cfg := Config{}
 	for i := range maxRules {
 		// More addresses than there is room for in rules.
 		a := netip.AddrFrom4([4]byte{10, 4, byte(i >> 8), byte(i)})
@@ -221,8 +237,8 @@ func TestFailedAttachUndoesItself(t *testing.T) {
 			break
 		}
 	}
-	before = trace(t, e.pod)
-	if _, err := Attach(t.Context(), e.pod.File(), cfg, nil); err == nil || !strings.Contains(err.Error(), "rules") {
+	before := trace(t, e.pod)
+	if _, err := Attach(t.Context(), e.pod.File(), Config{}, nil); err == nil || !strings.Contains(err.Error(), "rules") {
 		t.Fatalf("Attach = %v, want an error about rules", err)
 	}
 	if diff := cmp.Diff(before, trace(t, e.pod)); diff != "" {

@@ -10,7 +10,8 @@ import (
 // Detach ends capture, after Watch has returned. It calls resetProxied (which may be nil), by the end of which the proxy
 // must refuse new flows and have reset both legs of the old ones; then lets nothing new begin, destroys every TCP
 // socket of the pod that is neither loopback's nor listening nor older than capture, and only then takes rules, routes, sysctls and
-// device away. It does nothing where nothing is attached or ns is nil (ErrGone). After an error of resetProxied nothing
+// device away. It does nothing where nothing is attached or ns is nil (ErrGone).
+// A zero State is one that was lost: then no flow passes for older, and sysctls get the kernel's defaults. After an error of resetProxied nothing
 // was changed; a *SocketsError leaves capture in force. Detach may wait for sockets as long as ctx lets it.
 func Detach(ctx context.Context, ns *os.File, st State, resetProxied func(context.Context) error) error {
 	if ns == nil {
@@ -32,6 +33,7 @@ func Detach(ctx context.Context, ns *os.File, st State, resetProxied func(contex
 	if err != nil {
 		return err
 	}
+	st = st.clone()
 	if w.touched(&cfg) {
 		if resetProxied != nil {
 			if err := resetProxied(ctx); err != nil {
@@ -41,17 +43,33 @@ func Detach(ctx context.Context, ns *os.File, st State, resetProxied func(contex
 		if err := k.endFlows(ctx, w, st.Older); err != nil {
 			return err
 		}
-	}
-	if w, err = k.observe(ctx); err != nil {
-		return err
-	}
-	if err := k.strip(ctx, &cfg, w); err != nil {
-		return err
+		if st.Version == 0 {
+			if err := k.guessSysctls(ctx, &cfg, &st, w); err != nil {
+				return err
+			}
+		}
+		if w, err = k.observe(ctx); err != nil {
+			return err
+		}
+		if err := k.strip(ctx, &cfg, w); err != nil {
+			return err
+		}
 	}
 	if err := k.onSysctls(ctx, func(s sysctls) error { return restore(s, &st) }); err != nil {
 		return err
 	}
 	return k.verifyGone(ctx, &cfg)
+}
+
+// guessSysctls fills a State that is lost with the kernel's defaults.
+func (k *kernel) guessSysctls(ctx context.Context, cfg *Config, st *State, w *world) error {
+	return k.onSysctls(ctx, func(s sysctls) error {
+		keepForwarding(s, st)
+		p := &plan{}
+		p.classify(cfg, w)
+		st.guess(s, settingsFor(s, cfg, w, p))
+		return nil
+	})
 }
 
 // endFlows destroys the proxied sockets while nothing new can begin: without the rules that lead to the device

@@ -296,18 +296,22 @@ func TestDetachWithoutSocketDestroy(t *testing.T) {
 	e.attach(Config{})
 	c := e.proxied(netip.AddrPortFrom(farAddr[4], 80))
 	k := e.a.kernel
-	k.cannotDestroy = true
 	w, err := k.observe(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	go func() {
-		// Give up when it was seen to wait: its guard is up.
-		netnstest.Eventually(t, "guard", func() bool { return e.connect(e.pod, netip.AddrPortFrom(farAddr[4], 81)) != nil })
-		cancel()
-	}()
+	asked := 0
+	k.denyDestroy = func() error {
+		if err := e.connect(e.pod, netip.AddrPortFrom(farAddr[4], 81)); err == nil {
+			t.Error("something new can begin while sockets are waited for")
+		}
+		if asked++; asked == 3 {
+			cancel() // it does wait
+		}
+		return unix.EOPNOTSUPP
+	}
 	err = k.endFlows(ctx, w, nil)
 	var left *SocketsError
 	if !errors.As(err, &left) || !left.Unsupported || len(left.Left) == 0 {

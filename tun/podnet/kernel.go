@@ -29,8 +29,8 @@ type kernel struct {
 	boot    string
 	cookie  uint64
 	hasIPv6 bool
-	// cannotDestroy makes a test's kernel one without CONFIG_INET_DIAG_DESTROY.
-	cannotDestroy bool
+	// denyDestroy is set by tests, whose kernel then is one without CONFIG_INET_DIAG_DESTROY.
+	denyDestroy func() error
 }
 
 // openKernel duplicates ns, which stays the caller's.

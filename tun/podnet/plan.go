@@ -388,7 +388,7 @@ func (w *world) foreignRules() []rule {
 // touched tells whether anything of ours is in the namespace.
 func (w *world) touched(cfg *Config) bool {
 	_, ok := w.link(cfg.Device)
-	return ok || slices.ContainsFunc(w.rules, func(r rule) bool { return r.Protocol == ourProtocol })
+	return ok || len(w.tables) > 0 || slices.ContainsFunc(w.rules, func(r rule) bool { return r.Protocol == ourProtocol })
 }
 
 // validName is dev_valid_name of the kernel, without the names that the sysctl tree has itself.

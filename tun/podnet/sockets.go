@@ -122,8 +122,8 @@ func stillThere(older []Flow, sockets []socket) []Flow {
 
 // destroy ends a socket: the app sees ECONNABORTED, the reset that the kernel sends is captured.
 func (k *kernel) destroy(ctx context.Context, s socket) error {
-	if k.cannotDestroy {
-		return unix.EOPNOTSUPP
+	if k.denyDestroy != nil {
+		return k.denyDestroy()
 	}
 	err := k.request(ctx, unix.NETLINK_INET_DIAG, nl.SOCK_DESTROY, unix.NLM_F_ACK, func(req *nl.NetlinkRequest) {
 		req.AddData(&diagRequest{family: s.family, id: s.id})
@@ -138,12 +138,16 @@ func (k *kernel) destroy(ctx context.Context, s socket) error {
 // destroy sockets it waits for them to end.
 func (k *kernel) destroyFlows(ctx context.Context, w *world, older []Flow) error {
 	unsupported := false
+	var left []Flow
 	for pause := time.Millisecond; ; pause = min(2*pause, 250*time.Millisecond) {
+		if ctx.Err() != nil && len(left) > 0 {
+			return &SocketsError{Left: left, Unsupported: unsupported}
+		}
 		sockets, err := k.flows(ctx, w)
 		if err != nil {
 			return err
 		}
-		var left []Flow
+		left = nil
 		for _, s := range sockets {
 			if slices.Contains(older, s.Flow) {
 				continue
@@ -167,7 +171,6 @@ func (k *kernel) destroyFlows(ctx context.Context, w *world, older []Flow) error
 		case <-timer.C:
 		case <-ctx.Done():
 			timer.Stop()
-			return &SocketsError{Left: left, Unsupported: unsupported}
 		}
 	}
 }
