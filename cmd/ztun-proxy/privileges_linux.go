@@ -12,6 +12,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ztun/ztun/cmd/internal/config"
 )
 
 // dropPrivileges gives every capability up for good, in every thread, and
@@ -96,7 +98,7 @@ func dropAndExec() error {
 		err = verifyStatus(string(text))
 	}
 	if err == nil {
-		err = syscall.Exec("/proc/self/exe", os.Args, os.Environ())
+		err = syscall.Exec("/proc/self/exe", os.Args, config.Process().Environ)
 	}
 	return fmt.Errorf("privileges: start again without: %w", err)
 }

@@ -35,7 +35,8 @@ type Config struct {
 	// TLS12 allows TLS 1.2 towards the control plane. Between workloads it is
 	// never spoken.
 	TLS12 bool
-	// DNS answers the DNS queries that pods were told to send to the proxy.
+	// DNS says that the DNS queries which pods were told to send to the proxy are
+	// to be answered by it. Until that is built they go on to the app's server.
 	DNS bool
 	// Args is the command line, as it is shown in the dump.
 	Args []string

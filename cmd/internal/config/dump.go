@@ -19,7 +19,7 @@ const redacted = "<redacted>"
 // headers, nor those of metadata whose names say that they are secret.
 type Dump struct {
 	Proxy                  bool              `json:"proxy"`
-	DNSProxy               bool              `json:"dnsProxy"`
+	DNSProxy               bool              `json:"dnsProxy"` // Nothing answers yet.
 	WindowSize             uint32            `json:"windowSize"`
 	ConnectionWindowSize   uint32            `json:"connectionWindowSize"`
 	FrameSize              uint32            `json:"frameSize"`
@@ -86,7 +86,6 @@ func (d duration) MarshalJSON() ([]byte, error) {
 func (c *Config) Dump() Dump {
 	d := Dump{
 		Proxy:                 true,
-		DNSProxy:              c.DNS,
 		WindowSize:            c.HBONE.StreamWindow,
 		ConnectionWindowSize:  c.HBONE.ConnectionWindow,
 		FrameSize:             c.HBONE.FrameSize,
