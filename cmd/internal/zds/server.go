@@ -326,6 +326,11 @@ func (s *Server) endLocked(p *process) {
 	s.left++
 	p.close()
 	s.procs = slices.DeleteFunc(s.procs, func(o *process) bool { return o == p })
+	for _, c := range s.conns {
+		if c.proc == p {
+			_ = c.conn.Close() // Somebody else may have inherited the other end.
+		}
+	}
 	for uid, pod := range s.pods {
 		if pod.reader == p {
 			pod.reader, pod.acked, pod.nack = nil, 0, ""
