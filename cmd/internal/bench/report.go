@@ -1,0 +1,119 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"strings"
+)
+
+// A report is what a run ends with.
+type report struct {
+	head    []string // Lines about the run and the machine.
+	rows    []row
+	legs    []*leg
+	figures *figures
+}
+
+// list returns the figures in the order of the table.
+func (r *report) list() []figure {
+	figures := []figure{}
+	for _, row := range r.rows {
+		for _, l := range r.legs {
+			if f, ok := r.figures.of(row, l.name); ok {
+				figures = append(figures, f)
+			}
+		}
+	}
+	return figures
+}
+
+// writeJSON writes the list of figures to a file.
+func (r *report) writeJSON(path string) error {
+	text, err := json.MarshalIndent(r.list(), "", "  ")
+	if err != nil {
+		return fmt.Errorf("bench: %w", err)
+	}
+	return writeWhole(path, append(text, '\n'))
+}
+
+// markdown prints the table, what is missing of it, and the floors.
+func (r *report) markdown(w io.Writer) {
+	for _, line := range r.head {
+		fmt.Fprintln(w, line)
+	}
+	fmt.Fprintf(w, "\n| row | unit |")
+	for _, l := range r.legs {
+		fmt.Fprintf(w, " %s |", l.name)
+	}
+	fmt.Fprintf(w, "\n|---|---|%s\n", strings.Repeat("---|", len(r.legs)))
+	for _, row := range r.rows {
+		fmt.Fprintf(w, "| %s | %s |", row.name, row.unit)
+		for _, l := range r.legs {
+			f, ok := r.figures.of(row, l.name)
+			fmt.Fprintf(w, " %s |", cell(f, ok))
+		}
+		fmt.Fprintln(w)
+	}
+	fmt.Fprintf(w, "\nMedian (least to greatest of the rounds), x ratio to %s in the same round.\n", legDirect)
+	for _, l := range r.legs {
+		if l.missing != "" {
+			fmt.Fprintf(w, "\n%s is n/a: %s\n", l.name, l.missing)
+		}
+	}
+	r.floors(w)
+}
+
+func cell(f figure, ok bool) string {
+	if !ok {
+		return "n/a"
+	}
+	text := fmt.Sprintf("%s (%s to %s)", number(f.Median), number(f.Min), number(f.Max))
+	if f.ToDirect != nil && f.Leg != legDirect {
+		text += fmt.Sprintf(" x%.2f", *f.ToDirect)
+	}
+	return text
+}
+
+// floors prints which floors were reached, of those that were measured.
+func (r *report) floors(w io.Writer) {
+	heading := "\nFloors, as ratio to " + legDirect + ":\n"
+	for _, fl := range floors {
+		for _, row := range r.rows {
+			f, ok := r.figures.of(row, fl.leg)
+			if row.name != fl.row || !ok || f.ToDirect == nil {
+				continue
+			}
+			verdict := "reached"
+			if *f.ToDirect < fl.ratio {
+				verdict = "MISSED"
+			}
+			fmt.Fprintf(w, "%s- %s %s: %.2f, asked %.2f: %s\n", heading, fl.leg, fl.row, *f.ToDirect, fl.ratio, verdict)
+			heading = ""
+		}
+	}
+}
+
+// number prints three digits or more, never an exponent.
+func number(v float64) string {
+	switch a := math.Abs(v); {
+	case a >= 100:
+		return fmt.Sprintf("%.0f", v)
+	case a >= 10:
+		return fmt.Sprintf("%.1f", v)
+	default:
+		return fmt.Sprintf("%.2f", v)
+	}
+}
+
+// loadAverage is how busy the machine was just before, "?" if it cannot be told.
+func loadAverage() string {
+	text, err := os.ReadFile("/proc/loadavg")
+	if err != nil {
+		return "?"
+	}
+	first, _, _ := strings.Cut(string(text), " ")
+	return first
+}
