@@ -36,6 +36,7 @@ import (
 	"runtime"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/ztun/ztun/tun"
 	"github.com/ztun/ztun/tunnel/splice"
@@ -51,8 +52,38 @@ type Config struct {
 	// Memory bounds the buffers that all flows together may come to hold, in
 	// bytes; capacity counts, not use. Default 4 GiB.
 	Memory int64
+	// Keepalive of every flow.
+	Keepalive Keepalive
 	// Log takes what a human needs to know. Default: nothing.
 	Log *slog.Logger
+}
+
+// Keepalive says how a peer that vanished is found out (facts/ztunnel.md
+// section 14). Zero fields take their defaults.
+type Keepalive struct {
+	// Off sends no probes.
+	Off bool
+	// Idle is the silence before the first probe, Interval that between
+	// probes. Default 180 s each.
+	Idle, Interval time.Duration
+	// Count is the number of probes without an answer. Default 9.
+	Count int
+	// UserTimeout bounds how long sent data may stay unacknowledged; 0: the
+	// stack's own retransmission limit.
+	UserTimeout time.Duration
+}
+
+func (k Keepalive) withDefaults() Keepalive {
+	if k.Idle == 0 {
+		k.Idle = 180 * time.Second
+	}
+	if k.Interval == 0 {
+		k.Interval = 180 * time.Second
+	}
+	if k.Count == 0 {
+		k.Count = 9
+	}
+	return k
 }
 
 // Tuple is a TCP connection as the pod sees it.
@@ -127,6 +158,7 @@ func New(cfg Config) (*Engine, error) {
 	if cfg.Memory == 0 {
 		cfg.Memory = 4 << 30
 	}
+	cfg.Keepalive = cfg.Keepalive.withDefaults()
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}

@@ -93,7 +93,7 @@ func (f *Flow) woken() {
 func (f *Flow) establish() {
 	f.inline = true
 	f.ep.SocketOptions().SetDelayOption(false)
-	keepalive(f.ep)
+	setKeepalive(f.ep, &f.stack.reader.engine.cfg.Keepalive)
 	// The proxy reads no ICMP: a path that drops large packets must fragment them.
 	f.ep.SetSockOptInt(tcpip.MTUDiscoverOption, int(tcpip.PMTUDiscoveryDont))
 	f.resize()

@@ -432,3 +432,25 @@ func TestWhatLiesInTheDeviceIsDrained(t *testing.T) {
 		t.Errorf("Stray = %d: old packets were answered", n)
 	}
 }
+
+func TestNoSYNIsAnsweredAfterStopAccepting(t *testing.T) {
+	r := newRawRig(t, StackConfig{})
+	accept, ch := accepting(t, r.stack)
+	on(r.stack, r.handler, func(h *hooks) { h.tcp = accept })
+	next := r.handshakeAs(podPort, service, 100)
+	c := <-ch
+	r.stack.StopAccepting()
+	for _, dst := range []netip.AddrPort{netip.AddrPortFrom(pod, TunnelPort), netip.AddrPortFrom(pod, 80)} {
+		r.write(tun.Header{}, segment(client, dst, flagSYN, 7, 0, nil))
+	}
+	r.write(tun.Header{}, segment(netip.AddrPortFrom(pod, 5), service, flagSYN, 7, 0, nil))
+	r.sync()
+	if b, _, ok := r.tryRead(0); ok {
+		t.Errorf("answered: % x", b)
+	}
+	r.write(tun.Header{}, segment(podPort, service, flagACK, 101, next, []byte("still here")))
+	b := make([]byte, 32)
+	if n, err := c.Read(b); string(b[:n]) != "still here" || err != nil {
+		t.Errorf("read %q, %v", b[:n], err)
+	}
+}

@@ -52,8 +52,8 @@ func (s *Stack) handleSegment(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		return false
 	}
 	key := tupleOf(addrPortOf(id.RemoteAddress, id.RemotePort), addrPortOf(id.LocalAddress, id.LocalPort))
-	if s.pending[key] != nil {
-		return true // the app repeats its SYN
+	if s.quiet || s.pending[key] != nil {
+		return true // whoever reads next answers it; or the app repeats its SYN
 	}
 	if !pkt.RXChecksumValidated && !synChecksumOK(id, h, pkt) {
 		s.counters.badChecksum.Add(1)
@@ -289,11 +289,18 @@ func (s *Stack) enter(f *Flow) {
 	f.queue.EventRegister(&f.entry)
 }
 
-// keepalive sets what facts/ztunnel.md section 14 has on every data-plane socket.
-func keepalive(ep *tcp.Endpoint) {
-	idle, interval := tcpip.KeepaliveIdleOption(180*time.Second), tcpip.KeepaliveIntervalOption(180*time.Second)
+// setKeepalive arms what finds out that the peer is gone.
+func setKeepalive(ep *tcp.Endpoint, k *Keepalive) {
+	if k.UserTimeout > 0 {
+		timeout := tcpip.TCPUserTimeoutOption(k.UserTimeout)
+		ep.SetSockOpt(&timeout)
+	}
+	if k.Off {
+		return
+	}
+	idle, interval := tcpip.KeepaliveIdleOption(k.Idle), tcpip.KeepaliveIntervalOption(k.Interval)
 	ep.SetSockOpt(&idle)
 	ep.SetSockOpt(&interval)
-	ep.SetSockOptInt(tcpip.KeepaliveCountOption, 9)
+	ep.SetSockOptInt(tcpip.KeepaliveCountOption, k.Count)
 	ep.SocketOptions().SetKeepAlive(true)
 }

@@ -52,6 +52,7 @@ type Stack struct {
 	listeners []*listener
 	reserved  int64
 	timeWaits []*Flow // oldest first
+	quiet     bool // answers no SYN
 	closed    bool
 
 	// accepting has the Requests whose handshake gVisor performs. mu guards it.
@@ -143,6 +144,18 @@ func (s *Stack) Close() {
 	case <-done:
 	case <-s.reader.done:
 	}
+}
+
+// StopAccepting leaves every SYN without an answer from now on, so that its
+// sender repeats it and whoever reads the device next answers. Flows live on.
+func (s *Stack) StopAccepting() {
+	s.reader.Post(func() {
+		s.quiet = true
+		for _, l := range s.listeners {
+			l.close()
+		}
+		s.listeners = nil
+	})
 }
 
 // StopReading leaves the device to another reader. It returns once this one

@@ -7,7 +7,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	wgtun "golang.zx2c4.com/wireguard/tun"
 )
@@ -66,26 +65,6 @@ func Open(name string) (f *os.File, offload bool, err error) {
 		return nil, false, fmt.Errorf("tun: open %s: %w", name, err)
 	}
 	return f, offload, nil
-}
-
-// Remove takes the device away from the network namespace of the calling thread, also under its reader, whose descriptor
-// is dead from then on. No device is no error; a device of another kind is left alone.
-func Remove(name string) error {
-	link, err := netlink.LinkByName(name)
-	var none netlink.LinkNotFoundError
-	if errors.As(err, &none) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("tun: remove %s: %w", name, err)
-	}
-	if link.Type() != "tuntap" && link.Type() != "tun" {
-		return fmt.Errorf("tun: remove %s: it is a %s", name, link.Type())
-	}
-	if err := netlink.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
-		return fmt.Errorf("tun: remove %s: %w", name, err)
-	}
-	return nil
 }
 
 // attach binds a new descriptor to the device, which is made if there is none. os.NewFile keeps a descriptor that

@@ -159,24 +159,3 @@ func TestStrangerCannotAttach(t *testing.T) {
 		t.Errorf("its owner attaches: %v", err)
 	}
 }
-
-func TestRemove(t *testing.T) {
-	ns := netnstest.New(t, "pod")
-	other := netnstest.New(t, "other")
-	netnstest.Veth(t, ns, "eth0", other, "eth0")
-	f, _ := create(t, ns, "ztun0", 1500)
-	ns.Up("ztun0")
-	ns.Do(func() {
-		for range 2 {
-			if err := tun.Remove("ztun0"); err != nil {
-				t.Error(err)
-			}
-		}
-		if err := tun.Remove("eth0"); err == nil {
-			t.Error("Remove took a veth away")
-		}
-	})
-	if _, err := f.Read(make([]byte, 100)); !errors.Is(err, unix.EBADFD) {
-		t.Errorf("read of a removed device = %v, want EBADFD", err)
-	}
-}

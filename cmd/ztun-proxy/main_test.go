@@ -187,10 +187,6 @@ func TestOneLine(t *testing.T) {
 	}
 }
 
-// viaTun comes along with package tun, whose Remove asks netlink for the kind
-// of a link. It goes when Remove does without.
-const viaTun = "github.com/vishvananda/"
-
 // TestImports keeps what only a privileged process needs out of this program.
 func TestImports(t *testing.T) {
 	out, err := exec.Command("go", "list", "-deps", ".").Output()
@@ -206,7 +202,7 @@ func TestImports(t *testing.T) {
 			"k8s.io/", "sigs.k8s.io/", "github.com/vishvananda/", "github.com/spf13/cobra", "istio.io/istio",
 			"github.com/ztun/ztun/tun/podnet", "github.com/ztun/ztun/xds/control", "github.com/ztun/ztun/cmd/internal/agent",
 		} {
-			if strings.HasPrefix(d, banned) && !strings.HasPrefix(d, viaTun) {
+			if strings.HasPrefix(d, banned) {
 				t.Errorf("ztun-proxy imports %s", d)
 			}
 		}
