@@ -52,8 +52,8 @@ func (s *Stack) handleSegment(id stack.TransportEndpointID, pkt *stack.PacketBuf
 		return false
 	}
 	key := tupleOf(addrPortOf(id.RemoteAddress, id.RemotePort), addrPortOf(id.LocalAddress, id.LocalPort))
-	if s.quiet || s.pending[key] != nil {
-		return true // whoever reads next answers it; or the app repeats its SYN
+	if s.pending[key] != nil {
+		return true // the app repeats its SYN
 	}
 	if !pkt.RXChecksumValidated && !synChecksumOK(id, h, pkt) {
 		s.counters.badChecksum.Add(1)

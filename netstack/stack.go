@@ -134,10 +134,14 @@ func (s *Stack) Config() StackConfig { return s.cfg }
 
 // Close resets every flow, drops every request and gives the device back. It
 // returns when the reader no longer touches the device.
-func (s *Stack) Close() {
+func (s *Stack) Close() { s.onLoop(s.closeOnLoop) }
+
+// onLoop runs f on the loop and waits for it. Once the reader has ended there
+// is nothing left to do.
+func (s *Stack) onLoop(f func()) {
 	done := make(chan struct{})
 	s.reader.Post(func() {
-		s.closeOnLoop()
+		f()
 		close(done)
 	})
 	select {
@@ -149,28 +153,12 @@ func (s *Stack) Close() {
 // StopAccepting leaves every SYN without an answer from now on, so that its
 // sender repeats it and whoever reads the device next answers. Flows live on.
 func (s *Stack) StopAccepting() {
-	s.reader.Post(func() {
-		s.quiet = true
-		for _, l := range s.listeners {
-			l.close()
-		}
-		s.listeners = nil
-	})
+	s.onLoop(func() { s.quiet = true })
 }
 
 // StopReading leaves the device to another reader. It returns once this one
 // has left it for good; flows live on and still write.
-func (s *Stack) StopReading() {
-	done := make(chan struct{})
-	s.reader.Post(func() {
-		s.reader.unwatch(s)
-		close(done)
-	})
-	select {
-	case <-done:
-	case <-s.reader.done:
-	}
-}
+func (s *Stack) StopReading() { s.onLoop(func() { s.reader.unwatch(s) }) }
 
 func (s *Stack) closeOnLoop() {
 	if s.closed {

@@ -111,6 +111,8 @@ func (s *Stack) segment(p *packet, h tun.Header, n int) {
 	case s.bypass.takes(s, p):
 		s.forward(h, n)
 		return
+	case s.quiet && p.isSYN():
+		return
 	}
 	s.deliver(p, h, n)
 }
