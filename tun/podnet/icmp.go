@@ -12,8 +12,6 @@ import (
 const (
 	icmpDestUnreachable = 3  // linux/icmp.h
 	icmpTimeExceeded    = 11 // linux/icmp.h
-	icmpFilter          = 1  // ICMP_FILTER at SOL_RAW, linux/icmp.h
-	solRaw              = 255
 
 	icmp6DestUnreachable = 1 // RFC 4443
 	icmp6PacketTooBig    = 2 // RFC 4443
@@ -24,33 +22,40 @@ const (
 // OpenICMP opens one raw ICMP and one raw ICMPv6 socket in the namespace, for
 // the proxy to read: the errors about its connections reach the pod's kernel, which
 // knows nothing of them. They receive errors only, and whoever holds them can
-// send ICMP from the pod, as the pod itself could. A family that the
-// namespace lacks is left out. It needs CAP_NET_RAW.
+// send ICMP from the pod, as the pod itself could. A family that is
+// switched off is left out. Without CAP_NET_RAW the error matches EPERM.
 func (a *Attachment) OpenICMP() ([]*os.File, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if a.kernel == nil {
-		return nil, errors.New("podnet: attachment is closed")
+		return nil, errClosed
 	}
 	var files []*os.File
-	err := a.kernel.inside(func() error {
-		for _, open := range []func() (int, error){openICMP4, openICMP6} {
-			fd, err := open()
-			if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EPROTONOSUPPORT) {
-				continue
-			}
-			if err != nil {
-				return fmt.Errorf("podnet: raw ICMP socket: %w", err)
-			}
-			files = append(files, os.NewFile(uintptr(fd), "icmp"))
-		}
-		return nil
+	err := a.kernel.inside(func() (err error) {
+		files, err = openICMP(a.kernel.families())
+		return err
 	})
-	if err != nil {
-		for _, f := range files {
-			f.Close()
+	return files, err
+}
+
+// openICMP opens a socket for each family in the namespace of its thread: all or, with an error, none.
+func openICMP(families []uint8) (files []*os.File, err error) {
+	for _, family := range families {
+		open := openICMP4
+		if family == unix.AF_INET6 {
+			open = openICMP6
 		}
-		return nil, err
+		fd, err := open()
+		if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EPROTONOSUPPORT) {
+			continue
+		}
+		if err != nil {
+			for _, f := range files {
+				_ = f.Close()
+			}
+			return nil, fmt.Errorf("podnet: raw ICMP socket: %w", err)
+		}
+		files = append(files, os.NewFile(uintptr(fd), "icmp"))
 	}
 	return files, nil
 }
@@ -60,9 +65,17 @@ func openICMP4() (int, error) {
 	if err != nil {
 		return -1, err
 	}
-	// A bit set is a type that is kept out.
-	mask := ^(1<<icmpDestUnreachable | 1<<icmpTimeExceeded)
-	if err := unix.SetsockoptInt(fd, solRaw, icmpFilter, int(int32(mask))); err != nil {
+	// Not ICMP_FILTER, which lets types over 31 through.
+	program := []unix.SockFilter{
+		{Code: unix.BPF_LDX | unix.BPF_B | unix.BPF_MSH},                                    // x = length of the IP header
+		{Code: unix.BPF_LD | unix.BPF_B | unix.BPF_IND},                                     // a = type
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: icmpDestUnreachable, Jt: 1},     // take it
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: icmpTimeExceeded, Jt: 0, Jf: 1}, // take it, else drop it
+		{Code: unix.BPF_RET | unix.BPF_K, K: 1<<16 - 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: 0},
+	}
+	filter := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
+	if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &filter); err != nil {
 		unix.Close(fd)
 		return -1, err
 	}
