@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -46,21 +45,23 @@ type pod struct {
 var _ zds.Starter = (*pods)(nil)
 
 // Start implements zds.Starter.
-func (p *pods) Start(w zds.Workload, f *os.File) (zds.Proxy, error) {
+func (p *pods) Start(w zds.Workload, files zds.Files) (zds.Proxy, error) {
 	if w.Device == nil {
-		_ = f.Close()
+		files.Close()
 		return nil, errors.New("the agent sent no description of a device: it is not ztun's")
 	}
 	d := w.Device
-	dev, err := tun.New(f, tun.Options{MTU: d.MTU, Offload: d.Offload})
+	dev, err := tun.New(files.Device, tun.Options{MTU: d.MTU, Offload: d.Offload})
 	if err != nil {
-		_ = f.Close()
+		files.Close()
 		return nil, err
 	}
 	name := w.Namespace + "/" + w.Name
 	log := p.log.With("wl", name)
 	s := &pod{owner: p, name: name}
-	s.stack, err = p.engine.Add(dev, stackConfig(name, d, log), func(stack *netstack.Stack) (netstack.Handler, error) {
+	stackCfg := stackConfig(name, d, log)
+	stackCfg.ICMP = files.ICMP
+	s.stack, err = p.engine.Add(dev, stackCfg, func(stack *netstack.Stack) (netstack.Handler, error) {
 		cfg := p.config
 		cfg.Workload = tunnel.Workload{Name: w.Name, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount}
 		cfg.Addrs, cfg.Stack, cfg.Recorder, cfg.Log = d.Addresses, stack, p.traffic.Recorder(), log
@@ -75,7 +76,7 @@ func (p *pods) Start(w zds.Workload, f *os.File) (zds.Proxy, error) {
 		if s.tunnel != nil {
 			s.tunnel.Close()
 		}
-		_ = dev.Close()
+		files.Close() // Its device is dev.
 		return nil, err
 	}
 	p.mu.Lock()

@@ -19,6 +19,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
 	"github.com/ztun/ztun/cmd/internal/agent"
 	"github.com/ztun/ztun/tun/netnstest"
 	"github.com/ztun/ztun/xds/control"
@@ -59,6 +62,7 @@ type node struct {
 	*testing.T
 	dir    string
 	ns     *netnstest.NS // The node itself: control plane and proxy.
+	fabric *netnstest.NS // The pods' router.
 	pa, pb *netnstest.NS
 
 	stopControl, stopAgent func()
@@ -89,6 +93,7 @@ func newNode(t *testing.T) *node {
 	netnstest.Require(t)
 	n := &node{T: t, dir: t.TempDir(), ns: netnstest.New(t, "node")}
 	fabric := netnstest.New(t, "fabric")
+	n.fabric = fabric
 	fabric.Bridge("br0")
 	fabric.Addr("br0", "10.1.0.1/24")
 	for i, pod := range []**netnstest.NS{&n.pa, &n.pb} {
@@ -328,6 +333,46 @@ func TestProxyLife(t *testing.T) {
 
 	n.startProxy()
 	n.wantNewConnection("of the next proxy")
+}
+
+// unreachable makes the router answer for a prefix with an ICMP error.
+func (n *node) unreachable(prefix string) {
+	n.Helper()
+	n.fabric.SetSysctl("net/ipv4/ip_forward", "1")
+	dst, err := netlink.ParseIPNet(prefix)
+	if err == nil {
+		err = n.fabric.Netlink().RouteAdd(&netlink.Route{Dst: dst, Type: unix.RTN_UNREACHABLE})
+	}
+	if err != nil {
+		n.Fatalf("route %s: %v", prefix, err)
+	}
+}
+
+// TestUnreachableIsTruthful: what the pod's router says reaches the app through
+// the sockets that agent and proxy hand on, and survives a restart of either.
+func TestUnreachableIsTruthful(t *testing.T) {
+	n := newNode(t)
+	n.unreachable("10.9.0.0/16")
+	n.startProxy()
+	check := func(why string) {
+		t.Helper()
+		c, err := n.pa.Dial("tcp", "10.9.0.1:80", patience)
+		if !errors.Is(err, syscall.EHOSTUNREACH) {
+			t.Errorf("%s: connect = %v, want EHOSTUNREACH", why, err)
+		}
+		if err == nil {
+			_ = c.Close()
+		}
+	}
+	check("first")
+	n.stopAgent()
+	eventually(t, "not ready without an agent", func() bool { return strings.HasPrefix(n.readiness(), "not ready") })
+	n.startAgent()
+	eventually(t, "ready again", func() bool { return n.readiness() == "ready\n" })
+	check("after a restart of the agent")
+	n.kill()
+	n.startProxy()
+	check("after a restart of the proxy")
 }
 
 func (n *node) checkDump(t *testing.T) {

@@ -12,6 +12,10 @@
 // busy) and tells the proxy to keep it; when that proxy ends, it can. Without
 // either, nobody has the device open and the pod's TCP goes nowhere.
 //
+// With each device that it opens the agent opens the pod's ICMP sockets, and
+// hands them to whoever gets that device. They are not worth asking for alone:
+// without them the pod is served as well, but for truthful errors.
+//
 // A device has one reader at a time: zds.Server sees to that.
 //
 // # Usage
@@ -121,6 +125,7 @@ type Agent struct {
 	store    *store
 	listener *net.UnixListener
 	turns    chan struct{} // Slots for work in namespaces, which is heavy.
+	icmpOnce sync.Once     // Warns that there will be no ICMP sockets.
 
 	// mu guards the fields below.
 	mu      sync.Mutex
@@ -166,7 +171,7 @@ func New(cfg Config) (*Agent, error) {
 		// Before any proxy connects: one that runs the pod must not be told
 		// that it is gone.
 		d := s.Pod.device("", s.State, cfg.NodeAddresses)
-		if err := a.server.Set(s.Pod.workload(d), nil); err != nil {
+		if err := a.server.Set(s.Pod.workload(d), zds.Files{}); err != nil {
 			cfg.Log.Error("state of an earlier agent", "pod", s.Pod.String(), "error", err)
 		}
 	}

@@ -111,13 +111,13 @@ type proxyPods struct {
 type proxyPod struct {
 	owner    *proxyPods
 	workload zds.Workload
-	device   *os.File
+	files    zds.Files
 }
 
-func (p *proxyPods) Start(w zds.Workload, device *os.File) (zds.Proxy, error) {
+func (p *proxyPods) Start(w zds.Workload, files zds.Files) (zds.Proxy, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	pod := &proxyPod{p, w, device}
+	pod := &proxyPod{p, w, files}
 	p.running[w.UID] = pod
 	p.starts = append(p.starts, w)
 	return pod, nil
@@ -129,7 +129,7 @@ func (p *proxyPod) Stop() {
 	if p.owner.running[p.workload.UID] == p {
 		delete(p.owner.running, p.workload.UID)
 	}
-	_ = p.device.Close()
+	p.files.Close()
 }
 
 func (p *proxyPods) workload(uid string) (zds.Workload, bool) {
@@ -140,6 +140,16 @@ func (p *proxyPods) workload(uid string) (zds.Workload, bool) {
 		return zds.Workload{}, false
 	}
 	return pod.workload, true
+}
+
+// icmp is how many ICMP sockets came with the pod's device.
+func (p *proxyPods) icmp(uid string) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if pod := p.running[uid]; pod != nil {
+		return len(pod.files.ICMP)
+	}
+	return -1
 }
 
 func (p *proxyPods) started() int {
@@ -210,6 +220,9 @@ func TestAttachServeDetach(t *testing.T) {
 	if !ok {
 		t.Fatal("the proxy does not serve the pod")
 	}
+	if got := proxy.icmp("u"); got != 2 {
+		t.Errorf("%d ICMP sockets came with the device, want one for each family", got)
+	}
 	d := w.Device
 	if d == nil || d.ID == "" || d.MTU != 1500 || !d.BypassInbound || d.DNSCapture ||
 		!slices.Contains(d.Addresses, netip.MustParseAddr("10.0.0.2")) || !slices.Contains(d.Addresses, netip.MustParseAddr("fd00::2")) ||
@@ -246,8 +259,8 @@ func TestAgentRestart(t *testing.T) {
 	if st := n.status("u"); st.Held {
 		t.Errorf("the new agent holds the device that the proxy has: %+v", st)
 	}
-	if proxy.started() != 1 {
-		t.Errorf("the proxy started the pod %d times, want once", proxy.started())
+	if proxy.started() != 1 || proxy.icmp("u") != 2 {
+		t.Errorf("the proxy started the pod %d times and has %d ICMP sockets, want once and 2", proxy.started(), proxy.icmp("u"))
 	}
 	n.set(podIn(ns, "u")) // The same again changes nothing.
 	proxy.die()
@@ -256,6 +269,9 @@ func TestAgentRestart(t *testing.T) {
 	n.wait("u")
 	if st := n.status("u"); !st.Held {
 		t.Errorf("the agent does not hold the device: %+v", st)
+	}
+	if got := next.icmp("u"); got != 2 {
+		t.Errorf("the next proxy got %d ICMP sockets, want 2", got)
 	}
 }
 
@@ -289,6 +305,9 @@ func TestProxyRestartGetsSameDevice(t *testing.T) {
 	second, _ := next.workload("u")
 	if first.Device.ID != second.Device.ID {
 		t.Errorf("device ids %q and %q: it was opened again", first.Device.ID, second.Device.ID)
+	}
+	if got := next.icmp("u"); got != 2 {
+		t.Errorf("%d ICMP sockets, want 2", got)
 	}
 }
 
@@ -349,6 +368,9 @@ func TestDeviceTakenAway(t *testing.T) {
 		w, ok := proxy.workload("u")
 		return ok && w.Device.ID != before.Device.ID
 	})
+	if got := proxy.icmp("u"); got != 2 {
+		t.Errorf("%d ICMP sockets came with it, want 2", got)
+	}
 	eventually(t, "counted", func() bool { return n.status("u").Repairs > 0 })
 }
 

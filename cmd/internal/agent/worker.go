@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/ztun/ztun/cmd/internal/zds"
 	"github.com/ztun/ztun/tun"
 	"github.com/ztun/ztun/tun/podnet"
@@ -17,7 +19,8 @@ import (
 const (
 	retryMin = 200 * time.Millisecond
 	retryMax = 15 * time.Second
-	// reopenEvery is how often a device that a proxy holds alone is tried.
+	// reopenEvery is how often a device that a proxy holds alone is looked at,
+	// besides each time that a proxy comes or goes.
 	reopenEvery = 5 * time.Second
 	// workTimeout bounds one piece of work in a namespace. Detach may have to
 	// wait for sockets.
@@ -33,10 +36,9 @@ type worker struct {
 	wake  chan struct{} // One slot.
 
 	// Owned by run.
-	attached   *attachment
-	current    Pod    // What attached was made for, or the state of an earlier agent.
-	departures uint64 // When the device was last tried.
-	failures   int
+	attached *attachment
+	current  Pod // What attached was made for, or the state of an earlier agent.
+	failures int
 
 	// mu guards the fields below.
 	mu      sync.Mutex
@@ -207,10 +209,9 @@ func (w *worker) note(err error) {
 func (w *worker) attach(ctx context.Context, p Pod) error {
 	st := w.agent.server.State(w.uid)
 	same := w.attached != nil && w.current.equal(&p)
-	if same && st.Set && !st.Stale && (st.Device || st.Departures == w.departures) {
+	if same && st.Set && !st.Stale && (st.Device || !w.free()) {
 		return nil
 	}
-	w.departures = st.Departures
 	ns := w.drop()
 	if ns != nil && w.current.Netns != p.Netns {
 		// The pod has another namespace; the first is gone or going.
@@ -238,6 +239,17 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 	a.stop = stop
 	a.watched.Go(func() { w.watch(watchCtx, a) })
 	return nil
+}
+
+// free reports whether a device that an earlier agent gave away can be had
+// again. The proxy that had it may have died before it knew this agent, so no
+// departure tells: the kernel is asked.
+func (w *worker) free() bool {
+	free, err := w.attached.Free()
+	if err != nil {
+		w.log.Warn("asking whether the pod's device has a reader", "error", err)
+	}
+	return free
 }
 
 // drop lets go of the attachment, if there is one; the pod stays captured. It
@@ -333,15 +345,31 @@ func (w *worker) offer(ctx context.Context, a *attachment, p, told Pod) error {
 		return errors.New("the proxy has to let go of the device before the pod can change")
 	}
 	state := a.State()
-	return w.agent.server.Set(p.workload(p.device("", &state, w.agent.cfg.NodeAddresses)), nil)
+	return w.agent.server.Set(p.workload(p.device("", &state, w.agent.cfg.NodeAddresses)), zds.Files{})
 }
 
-// set gives the server a device that was just opened, and owns it.
+// set gives the server a device that was just opened, and owns it. ICMP sockets
+// are opened with it.
 func (w *worker) set(a *attachment, p Pod, file *os.File, offload bool) error {
 	state := a.State()
 	d := p.device(newDeviceID(), &state, w.agent.cfg.NodeAddresses)
 	d.Offload = offload
-	return w.agent.server.Set(p.workload(d), file)
+	return w.agent.server.Set(p.workload(d), zds.Files{Device: file, ICMP: w.openICMP(a)})
+}
+
+// openICMP returns what can be had: without, the pod's apps learn of an
+// unreachable host as late as of one that is silent.
+func (w *worker) openICMP(a *attachment) []*os.File {
+	files, err := a.OpenICMP()
+	switch {
+	case errors.Is(err, unix.EPERM):
+		w.agent.icmpOnce.Do(func() {
+			w.agent.log.Warn("no ICMP sockets in pods: the agent lacks CAP_NET_RAW; unreachable hosts will look silent", "error", err)
+		})
+	case err != nil:
+		w.log.Warn("no ICMP sockets in the pod; unreachable hosts will look silent", "error", err)
+	}
+	return files
 }
 
 // update tells of the pod whose device the server has already.

@@ -32,15 +32,15 @@ const (
 // A Starter runs the proxies of pods. Its methods are called by one goroutine
 // at a time and must return within a few seconds.
 type Starter interface {
-	// Start serves a pod on its device, which it owns from now on, also when
-	// it fails.
-	Start(w Workload, device *os.File) (Proxy, error)
+	// Start serves a pod on its files, which it owns from now on, also when it
+	// fails.
+	Start(w Workload, files Files) (Proxy, error)
 }
 
 // A Proxy serves one pod.
 type Proxy interface {
 	// Stop cuts what the pod has open, and returns once nobody reads the
-	// device any more. It closes the device.
+	// device any more. It closes the files.
 	Stop()
 }
 
@@ -83,7 +83,7 @@ type runningPod struct {
 // pendingPod could not be started, and is tried again while we are connected.
 type pendingPod struct {
 	workload Workload
-	device   *os.File
+	files    Files
 	err      error
 }
 
@@ -187,7 +187,7 @@ func (c *Client) serve(ctx context.Context, conn *net.UnixConn) (complete bool, 
 	defer c.end()
 	buf := make([]byte, maxPacket)
 	for {
-		msg, file, err := c.next(conn, buf)
+		msg, files, err := c.next(conn, buf)
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			c.retryPending()
@@ -201,15 +201,13 @@ func (c *Client) serve(ctx context.Context, conn *net.UnixConn) (complete bool, 
 		}
 		req, err := decodeRequest(msg)
 		if err == nil {
-			err = c.check(req, file)
+			err = c.check(req, len(files))
 		}
 		if err != nil {
-			if file != nil {
-				_ = file.Close()
-			}
+			closeAll(files)
 			return false, c.protocolError(conn, err)
 		}
-		if err := reply(conn, c.obey(req, file)); err != nil {
+		if err := reply(conn, c.obey(req, filesOf(files))); err != nil {
 			return c.snapshot == nil, err
 		}
 		c.tellReady()
@@ -218,7 +216,7 @@ func (c *Client) serve(ctx context.Context, conn *net.UnixConn) (complete bool, 
 
 // next reads one message; while pods are pending, no longer than until they
 // are to be tried again.
-func (c *Client) next(conn *net.UnixConn, buf []byte) ([]byte, *os.File, error) {
+func (c *Client) next(conn *net.UnixConn, buf []byte) ([]byte, []*os.File, error) {
 	deadline := time.Time{}
 	if len(c.pending) > 0 {
 		deadline = c.retryAt
@@ -279,12 +277,10 @@ func (c *Client) tellReady() {
 }
 
 // check finds what breaks the protocol before anything is done.
-func (c *Client) check(r request, file *os.File) error {
+func (c *Client) check(r request, files int) error {
 	switch {
-	case r.kind == kindAdd && file == nil:
-		return errors.New("zds: add without a descriptor")
-	case r.kind != kindAdd && file != nil:
-		return fmt.Errorf("zds: %v with a descriptor", r.kind)
+	case files != r.files():
+		return fmt.Errorf("zds: %v %s with %d descriptors, not %d", r.kind, r.workload.UID, files, r.files())
 	case c.snapshot == nil && (r.kind == kindKeep || r.kind == kindSnapshotSent):
 		return fmt.Errorf("zds: %v after the snapshot", r.kind)
 	}
@@ -293,16 +289,16 @@ func (c *Client) check(r request, file *os.File) error {
 
 // obey does what a request asks. An error is for the agent; the connection
 // stays.
-func (c *Client) obey(r request, file *os.File) error {
+func (c *Client) obey(r request, files Files) error {
 	uid := r.workload.UID
 	switch r.kind {
 	case kindAdd:
 		if len(c.running)+len(c.pending) >= maxPods && !c.knows(uid) {
-			_ = file.Close()
+			files.Close()
 			return fmt.Errorf("zds: more than %d pods", maxPods)
 		}
 		c.name(uid)
-		return c.add(r.workload, file)
+		return c.add(r.workload, files)
 	case kindKeep:
 		c.name(uid)
 	case kindDel:
@@ -335,32 +331,33 @@ func (c *Client) name(uid string) {
 	}
 }
 
-// add starts w unless it runs as described. It owns device.
-func (c *Client) add(w Workload, device *os.File) error {
+// add starts w unless it runs as described. It owns files.
+func (c *Client) add(w Workload, files Files) error {
 	if old, ok := c.running[w.UID]; ok {
 		if old.workload.Equal(w) {
 			c.forgetPending(w.UID)
-			return device.Close()
+			files.Close()
+			return nil
 		}
 		c.stop(w.UID) // Before the new one: a device has one reader.
 	}
-	keep, err := dup(device)
+	keep, err := files.dup()
 	if err != nil {
-		_ = device.Close()
+		files.Close()
 		return err
 	}
-	if err := c.start(w, device); err != nil {
+	if err := c.start(w, files); err != nil {
 		c.forgetPending(w.UID)
-		c.setPending(w.UID, pendingPod{workload: w, device: keep, err: err})
+		c.setPending(w.UID, pendingPod{workload: w, files: keep, err: err})
 		return fmt.Errorf("failure to start proxy: %w", err)
 	}
-	_ = keep.Close()
+	keep.Close()
 	c.forgetPending(w.UID)
 	return nil
 }
 
-func (c *Client) start(w Workload, device *os.File) error {
-	proxy, err := c.cfg.Starter.Start(w, device)
+func (c *Client) start(w Workload, files Files) error {
+	proxy, err := c.cfg.Starter.Start(w, files)
 	log := c.cfg.Log.With("pod", w.Namespace+"/"+w.Name, "uid", w.UID)
 	if err != nil {
 		log.Warn("pod could not be started; it is tried again", "error", err)
@@ -400,7 +397,7 @@ func (c *Client) forgetPending(uid string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if p, ok := c.pending[uid]; ok {
-		_ = p.device.Close()
+		p.files.Close()
 		delete(c.pending, uid)
 	}
 }
@@ -409,7 +406,7 @@ func (c *Client) dropPending() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for uid, p := range c.pending {
-		_ = p.device.Close()
+		p.files.Close()
 		delete(c.pending, uid)
 	}
 }
@@ -423,7 +420,7 @@ func (c *Client) retryPending() {
 		delete(c.pending, uid)
 		c.mu.Unlock()
 		// An error leaves it pending again.
-		_ = c.add(p.workload, p.device)
+		_ = c.add(p.workload, p.files)
 	}
 	c.tellReady()
 }

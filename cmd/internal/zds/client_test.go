@@ -14,43 +14,43 @@ import (
 
 // starter starts pods that do nothing but exist.
 type starter struct {
-	mu      sync.Mutex
-	fail    error
-	devices map[string]*os.File // Of the running pods, by UID.
-	starts  int
-	stops   int
+	mu     sync.Mutex
+	fail   error
+	files  map[string]Files // Of the running pods, by UID.
+	starts int
+	stops  int
 }
 
 type startedPod struct {
-	s   *starter
-	uid string
-	f   *os.File
+	s     *starter
+	uid   string
+	files Files
 }
 
-func (s *starter) Start(w Workload, device *os.File) (Proxy, error) {
+func (s *starter) Start(w Workload, files Files) (Proxy, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.fail != nil {
-		_ = device.Close()
+		files.Close()
 		return nil, s.fail
 	}
-	if s.devices[w.UID] != nil {
+	if s.files[w.UID].Device != nil {
 		panic("two at once")
 	}
-	if s.devices == nil {
-		s.devices = map[string]*os.File{}
+	if s.files == nil {
+		s.files = map[string]Files{}
 	}
-	s.devices[w.UID] = device
+	s.files[w.UID] = files
 	s.starts++
-	return startedPod{s, w.UID, device}, nil
+	return startedPod{s, w.UID, files}, nil
 }
 
 func (p startedPod) Stop() {
 	p.s.mu.Lock()
 	defer p.s.mu.Unlock()
-	delete(p.s.devices, p.uid)
+	delete(p.s.files, p.uid)
 	p.s.stops++
-	_ = p.f.Close()
+	p.files.Close()
 }
 
 func (s *starter) setFail(err error) {
@@ -59,10 +59,12 @@ func (s *starter) setFail(err error) {
 	s.fail = err
 }
 
-func (s *starter) device(uid string) *os.File {
+func (s *starter) device(uid string) *os.File { return s.filesOf(uid).Device }
+
+func (s *starter) filesOf(uid string) Files {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.devices[uid]
+	return s.files[uid]
 }
 
 func (s *starter) counts() (starts, stops int) {
@@ -110,9 +112,9 @@ func (ct *clientTest) accept() peer {
 	}
 	ct.Cleanup(func() { _ = conn.Close() })
 	p := peer{ct.T, conn}
-	msg, file, err := p.receive()
-	if err != nil || file != nil {
-		ct.Fatalf("hello: %v, file %v", err, file)
+	msg, files, err := p.receive()
+	if err != nil || len(files) > 0 {
+		ct.Fatalf("hello: %v, %d files", err, len(files))
 	}
 	if err := decodeHello(msg); err != nil {
 		ct.Fatal(err)
@@ -145,6 +147,13 @@ func (ct *clientTest) wantReady(why string, want bool) {
 }
 
 func addOf(uid string) request { return request{kind: kindAdd, workload: fullWorkload(uid)} }
+
+// addWith is an add of a device that so many ICMP sockets follow.
+func addWith(uid string, icmp int) request {
+	r := addOf(uid)
+	r.icmp = icmp
+	return r
+}
 
 func TestClientServesSnapshot(t *testing.T) {
 	ct := newClientTest(t)
@@ -290,12 +299,16 @@ func TestClientDropsPending(t *testing.T) {
 // TestClientProtocolErrors: each is answered, then the connection ends and a
 // new one comes; pods go on, and no descriptor is left open.
 func TestClientProtocolErrors(t *testing.T) {
-	f, f2 := device(t), device(t)
+	f, f2, f3, f4 := device(t), device(t), device(t), device(t)
 	raw := func(msg []byte, files ...*os.File) func(peer) { return func(p peer) { p.send(msg, files...) } }
-	addMsg, err := encodeRequest(addOf("u"))
-	if err != nil {
-		t.Fatal(err)
+	add := func(r request) []byte {
+		msg, err := encodeRequest(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return msg
 	}
+	addMsg, stock := add(addOf("u")), add(request{kind: kindAdd, workload: workload("u")})
 	delMsg, _ := encodeRequest(request{kind: kindDel, workload: Workload{UID: "u"}})
 	keepMsg, _ := encodeRequest(request{kind: kindKeep, workload: Workload{UID: "u"}})
 	sentMsg, _ := encodeRequest(request{kind: kindSnapshotSent})
@@ -311,10 +324,16 @@ func TestClientProtocolErrors(t *testing.T) {
 		do   func(peer)
 		want string
 	}{
-		{"add without a descriptor", raw(addMsg), "without a descriptor"},
-		{"add with two descriptors", raw(addMsg, f, f2), "more than one"},
-		{"del with a descriptor", raw(delMsg, f), "with a descriptor"},
-		{"snapshot sent with a descriptor", raw(sentMsg, f), "with a descriptor"},
+		{"add without a descriptor", raw(addMsg), "add u with 0 descriptors, not 1"},
+		{"add with a descriptor too many", raw(addMsg, f, f2), "add u with 2 descriptors, not 1"},
+		{"stock add with a descriptor too many", raw(stock, f, f2), "with 2 descriptors, not 1"},
+		{"announced sockets are missing", raw(add(addWith("u", 2)), f), "with 1 descriptors, not 3"},
+		{"an announced socket is missing", raw(add(addWith("u", 2)), f, f2), "with 2 descriptors, not 3"},
+		{"a socket more than announced", raw(add(addWith("u", 1)), f, f2, f3), "with 3 descriptors, not 2"},
+		{"only the device is missing", raw(add(addWith("u", 2)), f2, f3), "with 2 descriptors, not 3"},
+		{"more descriptors than any message has", raw(add(addWith("u", 2)), f, f2, f3, f4), "more than 3"},
+		{"del with a descriptor", raw(delMsg, f), "with 1 descriptors, not 0"},
+		{"snapshot sent with descriptors", raw(sentMsg, f, f2, f3), "with 3 descriptors, not 0"},
 		{"garbage", raw([]byte{0xff, 0xff}), "request"},
 		{"garbage with a descriptor", raw([]byte{0xff, 0xff}, f), "request"},
 		{"an unknown payload", raw([]byte{0x22, 0x00}), "no payload"},
@@ -344,6 +363,61 @@ func TestClientProtocolErrors(t *testing.T) {
 			_ = p.conn.Close()
 		})
 	}
+}
+
+// TestClientTakesICMPSockets: they come in the order in which they were sent,
+// and on every way that ends without a pod they are closed with the device.
+func TestClientTakesICMPSockets(t *testing.T) {
+	ct := newClientTest(t)
+	p := ct.accept()
+	dev, v4, v6 := device(t), device(t), device(t)
+	before := openFiles(t)
+	files := func(n int, why string) {
+		t.Helper()
+		if got := openFiles(t) - before; got != n {
+			t.Errorf("%s: %d descriptors are open, want %d", why, got, n)
+		}
+	}
+	p.request(addWith("u", 2), dev, v4, v6)
+	p.wantOK("add with both")
+	got := ct.starter.filesOf("u")
+	if len(got.ICMP) != 2 || inode(t, got.Device) != inode(t, dev) ||
+		inode(t, got.ICMP[0]) != inode(t, v4) || inode(t, got.ICMP[1]) != inode(t, v6) {
+		t.Fatalf("the pod got %+v", got)
+	}
+	files(3, "running")
+	p.request(addWith("u", 2), dev, v4, v6)
+	p.wantOK("the same again")
+	files(3, "running as described")
+	r := addWith("u", 1)
+	r.workload.Device.ID = "two"
+	p.request(r, dev, v6)
+	p.wantOK("another device, one family")
+	files(2, "with one socket")
+
+	ct.starter.setFail(errors.New("no room"))
+	p.request(addWith("v", 2), dev, v4, v6)
+	_ = p.wantAck("a pod that does not start")
+	files(2+3, "pending")
+	p.request(request{kind: kindDel, workload: Workload{UID: "v"}})
+	p.wantOK("del of a pending pod")
+	files(2, "the pending pod is gone")
+	p.request(addWith("v", 2), dev, v4, v6)
+	_ = p.wantAck("a pod that does not start")
+	_ = p.conn.Close()
+	before-- // That connection.
+	p = ct.accept()
+	before++
+	files(2, "a new connection forgets what was pending")
+
+	ct.starter.setFail(errors.New("no room"))
+	p.request(addWith("v", 2), dev, v4, v6)
+	_ = p.wantAck("a pod that does not start")
+	ct.starter.setFail(nil)
+	eventually(t, "the pod starts after all", func() bool { return len(ct.starter.filesOf("v").ICMP) == 2 })
+	ct.snapshot(p) // Without u.
+	eventually(t, "u stopped", func() bool { return ct.starter.device("u") == nil })
+	files(3, "retried")
 }
 
 func TestClientWaitsForSocket(t *testing.T) {

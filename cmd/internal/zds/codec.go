@@ -41,6 +41,15 @@ func (k kind) String() string {
 type request struct {
 	kind     kind
 	workload Workload
+	icmp     int // How many ICMP sockets follow the device of an add.
+}
+
+// files is how many descriptors come with r.
+func (r request) files() int {
+	if r.kind == kindAdd {
+		return 1 + r.icmp
+	}
+	return 0
 }
 
 func decodeHello(b []byte) error {
@@ -102,9 +111,12 @@ func encodeRequest(r request) ([]byte, error) {
 		}
 		if w.Device != nil {
 			add.Device = w.Device.proto()
+			add.Device.IcmpSockets = uint32(r.icmp)
 		}
-		if _, err := fromAdd(add); err != nil {
+		if got, err := fromAdd(add); err != nil {
 			return nil, err
+		} else if got.icmp != r.icmp {
+			return nil, fmt.Errorf("zds: add: %d ICMP sockets without a device", r.icmp)
 		}
 		m.Payload = &zdsapi.WorkloadRequest_Add{Add: add}
 	case kindKeep:
@@ -131,8 +143,7 @@ func decodeRequest(b []byte) (request, error) {
 	}
 	switch p := m.GetPayload().(type) {
 	case *zdsapi.WorkloadRequest_Add:
-		w, err := fromAdd(p.Add)
-		return request{kind: kindAdd, workload: w}, err
+		return fromAdd(p.Add)
 	case *zdsapi.WorkloadRequest_Keep:
 		return uidOnly(kindKeep, p.Keep.GetUid())
 	case *zdsapi.WorkloadRequest_Del:
@@ -147,19 +158,22 @@ func uidOnly(k kind, uid string) (request, error) {
 	return request{kind: k, workload: Workload{UID: uid}}, checkName("uid", uid)
 }
 
-func fromAdd(m *zdsapi.AddWorkload) (Workload, error) {
+func fromAdd(m *zdsapi.AddWorkload) (request, error) {
+	r := request{kind: kindAdd, workload: Workload{UID: m.GetUid()}}
 	info := m.GetWorkloadInfo()
 	if info == nil {
-		return Workload{UID: m.GetUid()}, errors.New("zds: add: no workload info")
+		return r, errors.New("zds: add: no workload info")
 	}
-	w := Workload{UID: m.GetUid(), Name: info.GetName(), Namespace: info.GetNamespace(), ServiceAccount: info.GetServiceAccount()}
+	w := &r.workload
+	*w = Workload{UID: m.GetUid(), Name: info.GetName(), Namespace: info.GetNamespace(), ServiceAccount: info.GetServiceAccount()}
 	err := errors.Join(checkName("uid", w.UID), checkName("name", w.Name),
 		checkName("namespace", w.Namespace), checkName("service account", w.ServiceAccount))
 	if err != nil || m.Device == nil {
-		return w, err
+		return r, err
 	}
 	w.Device, err = fromDevice(m.Device)
-	return w, err
+	r.icmp = int(min(m.Device.GetIcmpSockets(), MaxICMP))
+	return r, err
 }
 
 // checkName keeps what will stand in logs and metrics short and printable.
@@ -208,6 +222,8 @@ func fromDevice(m *zdsapi.Device) (*Device, error) {
 		return nil, fmt.Errorf("zds: device MTU %d is not in %d..%d", m.GetMtu(), minMTU, math.MaxUint16)
 	case len(m.GetOlderFlows()) > MaxOlderFlows:
 		return nil, fmt.Errorf("zds: device with %d older flows, more than %d", len(m.GetOlderFlows()), MaxOlderFlows)
+	case m.GetIcmpSockets() > MaxICMP:
+		return nil, fmt.Errorf("zds: device with %d ICMP sockets, more than %d", m.GetIcmpSockets(), MaxICMP)
 	case len(m.GetProbePorts()) > maxPorts:
 		return nil, fmt.Errorf("zds: device with %d probe ports, more than %d", len(m.GetProbePorts()), maxPorts)
 	}

@@ -72,6 +72,7 @@ func TestRequestRoundTrip(t *testing.T) {
 	for _, r := range []request{
 		{kind: kindAdd, workload: workload("u")},
 		{kind: kindAdd, workload: fullWorkload("u")},
+		{kind: kindAdd, workload: fullWorkload("u"), icmp: MaxICMP},
 		{kind: kindKeep, workload: Workload{UID: "u"}},
 		{kind: kindDel, workload: Workload{UID: "u"}},
 		{kind: kindSnapshotSent},
@@ -124,6 +125,7 @@ func TestDecodeRefuses(t *testing.T) {
 		"address of 5":    add(func(a *zdsapi.AddWorkload) { a.Device.Addresses[0] = make([]byte, 5) }),
 		"no MTU":          add(func(a *zdsapi.AddWorkload) { a.Device.Mtu = 0 }),
 		"huge MTU":        add(func(a *zdsapi.AddWorkload) { a.Device.Mtu = 1 << 30 }),
+		"3 ICMP sockets":  add(func(a *zdsapi.AddWorkload) { a.Device.IcmpSockets = MaxICMP + 1 }),
 		"port 0":          add(func(a *zdsapi.AddWorkload) { a.Device.ProbePorts[0] = 0 }),
 		"port 70000":      add(func(a *zdsapi.AddWorkload) { a.Device.ProbePorts[0] = 70000 }),
 		"flow without an end": add(func(a *zdsapi.AddWorkload) {
@@ -196,6 +198,7 @@ func FuzzRequest(f *testing.F) {
 	for _, r := range []request{
 		{kind: kindAdd, workload: workload("u")},
 		{kind: kindAdd, workload: fullWorkload("u")},
+		{kind: kindAdd, workload: fullWorkload("u"), icmp: MaxICMP},
 		{kind: kindKeep, workload: Workload{UID: "u"}},
 		{kind: kindDel, workload: Workload{UID: "u"}},
 		{kind: kindSnapshotSent},

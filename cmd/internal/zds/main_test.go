@@ -95,7 +95,7 @@ func (p peer) send(msg []byte, files ...*os.File) {
 	}
 }
 
-func (p peer) receive() ([]byte, *os.File, error) {
+func (p peer) receive() ([]byte, []*os.File, error) {
 	_ = p.conn.SetReadDeadline(time.Now().Add(patience))
 	return receive(p.conn, make([]byte, maxPacket))
 }
@@ -112,12 +112,12 @@ func (p peer) request(r request, files ...*os.File) {
 // wantAck reads one answer and returns its text.
 func (p peer) wantAck(why string) string {
 	p.t.Helper()
-	msg, file, err := p.receive()
+	msg, files, err := p.receive()
 	if err != nil {
 		p.t.Fatalf("%s: no answer: %v", why, err)
 	}
-	if file != nil {
-		p.t.Fatalf("%s: an answer with a file", why)
+	if len(files) > 0 {
+		p.t.Fatalf("%s: an answer with %d files", why, len(files))
 	}
 	text, err := decodeResponse(msg)
 	if err != nil {
@@ -137,10 +137,8 @@ func (p peer) wantOK(why string) {
 func (p peer) wantClosed(why string) {
 	p.t.Helper()
 	for {
-		msg, file, err := p.receive()
-		if file != nil {
-			_ = file.Close()
-		}
+		msg, files, err := p.receive()
+		closeAll(files)
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			p.t.Fatalf("%s: still open", why)
 		}

@@ -17,25 +17,29 @@ const (
 	maxPacket = 64 << 10
 	// maxReply is what a stock agent reads of an answer.
 	maxReply = 1000
+	// maxFiles is how many descriptors come with one message.
+	maxFiles = 1 + MaxICMP
 )
 
 var (
 	errTruncated = errors.New("zds: message longer than the buffer for it")
-	errFiles     = errors.New("zds: more than one descriptor with one message")
+	errFiles     = fmt.Errorf("zds: more than %d descriptors with one message", maxFiles)
 )
 
-// receive reads one message into buf. At most one file comes with it, which is
-// the caller's. After an error none is left open. io.EOF: the peer has closed.
-func receive(conn *net.UnixConn, buf []byte) (msg []byte, file *os.File, err error) {
-	// Exactly one descriptor fits: CmsgSpace would round up to two.
-	oob := make([]byte, unix.CmsgLen(4))
+// receive reads one message into buf. At most maxFiles files come with it,
+// which are the caller's. After an error none is left open. io.EOF: the peer has
+// closed.
+func receive(conn *net.UnixConn, buf []byte) (msg []byte, files []*os.File, err error) {
+	// Exactly so many descriptors fit: CmsgSpace may round up to one more.
+	oob := make([]byte, unix.CmsgLen(4*maxFiles))
 	n, oobn, flags, _, err := conn.ReadMsgUnix(buf, oob)
-	files, parseErr := takeFiles(oob[:oobn])
+	var parseErr error
+	files, parseErr = takeFiles(oob[:oobn])
 	switch {
 	case err != nil:
 	case flags&unix.MSG_TRUNC != 0:
 		err = errTruncated
-	case flags&unix.MSG_CTRUNC != 0 || len(files) > 1:
+	case flags&unix.MSG_CTRUNC != 0 || len(files) > maxFiles:
 		err = errFiles
 	case parseErr != nil:
 		err = fmt.Errorf("zds: control message: %w", parseErr)
@@ -43,15 +47,10 @@ func receive(conn *net.UnixConn, buf []byte) (msg []byte, file *os.File, err err
 		err = io.EOF
 	}
 	if err != nil {
-		for _, f := range files {
-			_ = f.Close()
-		}
+		closeAll(files)
 		return nil, nil, err
 	}
-	if len(files) == 1 {
-		file = files[0]
-	}
-	return buf[:n], file, nil
+	return buf[:n], files, nil
 }
 
 // takeFiles adopts every descriptor in a control message. They are
@@ -71,46 +70,38 @@ func takeFiles(oob []byte) ([]*os.File, error) {
 			continue // Some other control message, which nobody asked for.
 		}
 		for _, fd := range fds {
-			files = append(files, os.NewFile(uintptr(fd), "device"))
+			files = append(files, os.NewFile(uintptr(fd), "passed"))
 		}
 	}
 	return files, nil
 }
 
-// send writes one message, with file if it is not nil, before deadline.
-func send(conn *net.UnixConn, msg []byte, file *os.File, deadline time.Time) error {
+// send writes one message and its files before deadline.
+func send(conn *net.UnixConn, msg []byte, files []*os.File, deadline time.Time) error {
 	if err := conn.SetWriteDeadline(deadline); err != nil {
 		return err
 	}
-	if file == nil {
-		_, _, err := conn.WriteMsgUnix(msg, nil, nil)
+	return withFDs(files, nil, func(fds []int) error {
+		var oob []byte
+		if len(fds) > 0 {
+			oob = unix.UnixRights(fds...)
+		}
+		_, _, err := conn.WriteMsgUnix(msg, oob, nil)
 		return err
-	}
-	// Not Fd: it may change flags that other holders share.
-	rc, err := file.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var sendErr error
-	err = rc.Control(func(fd uintptr) {
-		_, _, sendErr = conn.WriteMsgUnix(msg, unix.UnixRights(int(fd)), nil)
 	})
-	return errors.Join(err, sendErr)
 }
 
-// dup returns another descriptor of the same open file.
-func dup(f *os.File) (*os.File, error) {
-	rc, err := f.SyscallConn()
+// withFDs calls do with the descriptors of files, which stay open meanwhile.
+// Not Fd: it may change flags that other holders share.
+func withFDs(files []*os.File, fds []int, do func([]int) error) error {
+	if len(files) == 0 {
+		return do(fds)
+	}
+	rc, err := files[0].SyscallConn()
 	if err != nil {
-		return nil, err
+		return err
 	}
-	var fd int
-	var dupErr error
-	err = rc.Control(func(old uintptr) {
-		fd, dupErr = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 0)
-	})
-	if err := errors.Join(err, dupErr); err != nil {
-		return nil, fmt.Errorf("zds: duplicate descriptor: %w", err)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
+	var doErr error
+	err = rc.Control(func(fd uintptr) { doErr = withFDs(files[1:], append(fds, int(fd)), do) })
+	return errors.Join(err, doErr)
 }

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -57,15 +56,14 @@ type Server struct {
 	procs   []*process    // Those that have connected and not ended.
 	pods    map[string]*serverPod
 	serial  uint64        // Of the last Set.
-	left    uint64        // Proxies that disconnected or ended.
 	changed chan struct{} // Closed and replaced at each change.
 }
 
 // serverPod is one pod that is set.
 type serverPod struct {
 	workload Workload
-	device   *os.File // nil: a proxy holds the only descriptor.
-	serial   uint64   // Grows with each Set.
+	files    Files  // No device: a proxy holds the only descriptor.
+	serial   uint64 // Grows with each Set.
 
 	// stale says that the older flows must be looked at again before another
 	// proxy gets the device: one may have ended, and a proxied one taken its tuple.
@@ -84,22 +82,18 @@ func NewServer(cfg ServerConfig) *Server {
 	return &Server{cfg: cfg, peer: peerProcess, retry: nackRetry, pods: map[string]*serverPod{}, changed: make(chan struct{})}
 }
 
-// Set wants the pod served as described. The Server owns device from now on;
-// it is nil when the pod's proxy already has the only descriptor, and the pod
-// is to be kept. Set does not wait: State tells what came of it.
-func (s *Server) Set(w Workload, device *os.File) error {
-	if err := w.Validate(); err != nil {
-		if device != nil {
-			_ = device.Close()
-		}
+// Set wants the pod served as described. The Server owns files from now on;
+// there are none when the pod's proxy already has the only descriptor, and the
+// pod is to be kept. Set does not wait: State tells what came of it.
+func (s *Server) Set(w Workload, files Files) error {
+	if err := errors.Join(w.Validate(), files.check()); err != nil {
+		files.Close()
 		return err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		if device != nil {
-			_ = device.Close()
-		}
+		files.Close()
 		return net.ErrClosed
 	}
 	p := s.pods[w.UID]
@@ -107,11 +101,9 @@ func (s *Server) Set(w Workload, device *os.File) error {
 		p = &serverPod{}
 		s.pods[w.UID] = p
 	}
-	if p.device != nil {
-		_ = p.device.Close()
-	}
+	p.files.Close()
 	s.serial++
-	p.workload, p.device, p.serial, p.nack, p.stale = w, device, s.serial, "", false
+	p.workload, p.files, p.serial, p.nack, p.stale = w, files, s.serial, "", false
 	s.markLocked(w.UID)
 	return nil
 }
@@ -123,7 +115,7 @@ func (s *Server) Update(w Workload) (bool, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	p := s.pods[w.UID]
-	if p == nil || p.device == nil {
+	if p == nil || p.files.Device == nil {
 		return false, nil
 	}
 	if w.Device != nil && p.workload.Device != nil {
@@ -146,13 +138,11 @@ func (s *Server) Update(w Workload) (bool, error) {
 
 // Delete tells every proxy that the pod is gone, and waits until all that are
 // connected have acknowledged it or ctx ends. The Server closes its
-// descriptor. An unknown uid is no error.
+// descriptors. An unknown uid is no error.
 func (s *Server) Delete(ctx context.Context, uid string) error {
 	s.mu.Lock()
 	if p := s.pods[uid]; p != nil {
-		if p.device != nil {
-			_ = p.device.Close()
-		}
+		p.files.Close()
 		delete(s.pods, uid)
 		s.markLocked(uid)
 	}
@@ -180,10 +170,7 @@ type State struct {
 	Served bool // A proxy took it as last described.
 	Stale  bool // No proxy gets it before Update (or Set) has said which older flows are left.
 	Reader int  // The PID of the proxy that may read the device; 0: none, or not visible.
-	// Departures grows when any proxy disconnects or ends: whoever had the only
-	// descriptor of a device may have closed it.
-	Departures uint64
-	Err        error
+	Err    error
 }
 
 // State tells how it stands with a pod. Err is ErrNoProxy, the reason of a
@@ -193,14 +180,14 @@ func (s *Server) State(uid string) State {
 	defer s.mu.Unlock()
 	p := s.pods[uid]
 	if p == nil {
-		return State{Departures: s.left}
+		return State{}
 	}
-	st := State{Departures: s.left, Set: true, Device: p.device != nil, Stale: p.stale}
+	st := State{Set: true, Device: p.files.Device != nil, Stale: p.stale}
 	if p.reader != nil {
 		st.Reader = p.reader.pid
 		st.Served = p.acked == p.serial
 	}
-	if p.device == nil {
+	if p.files.Device == nil {
 		st.Served = slices.ContainsFunc(s.conns, func(c *serverConn) bool { return c.knowsLocked(uid) })
 	}
 	switch {
@@ -259,9 +246,7 @@ func (s *Server) shutDown() {
 	s.mu.Lock()
 	s.closed = true
 	for uid, p := range s.pods {
-		if p.device != nil {
-			_ = p.device.Close()
-		}
+		p.files.Close()
 		delete(s.pods, uid)
 	}
 	for _, p := range s.procs {
@@ -323,7 +308,6 @@ func (s *Server) endLocked(p *process) {
 		return
 	}
 	p.gone = true
-	s.left++
 	p.close()
 	s.procs = slices.DeleteFunc(s.procs, func(o *process) bool { return o == p })
 	for _, c := range s.conns {
@@ -347,7 +331,6 @@ func (s *Server) remove(c *serverConn) {
 	defer s.mu.Unlock()
 	s.conns = slices.DeleteFunc(s.conns, func(o *serverConn) bool { return o == c })
 	c.proc.conns--
-	s.left++
 	if c.proc.pidfd == nil && c.proc.conns == 0 {
 		// Nothing will tell us of the process' end. Its connection must do.
 		s.endLocked(c.proc)

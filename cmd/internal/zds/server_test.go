@@ -98,7 +98,7 @@ func (st *serverTest) greet(proc *exec.Cmd) peer {
 // want reads one request, closes its device, and answers with text.
 func (p peer) want(k kind, uid, text string) (inodeOf uint64) {
 	p.t.Helper()
-	msg, file, err := p.receive()
+	msg, files, err := p.receive()
 	if err != nil {
 		p.t.Fatalf("waiting for %v %s: %v", k, uid, err)
 	}
@@ -109,13 +109,13 @@ func (p peer) want(k kind, uid, text string) (inodeOf uint64) {
 	if r.kind != k || r.workload.UID != uid {
 		p.t.Fatalf("got %v %s, want %v %s", r.kind, r.workload.UID, k, uid)
 	}
-	if (file != nil) != (k == kindAdd) {
-		p.t.Fatalf("%v with file %v", r.kind, file)
+	if len(files) != r.files() {
+		p.t.Fatalf("%v with %d files, want %d", r.kind, len(files), r.files())
 	}
-	if file != nil {
-		inodeOf = inode(p.t, file)
-		_ = file.Close()
+	if len(files) > 0 {
+		inodeOf = inode(p.t, files[0])
 	}
+	closeAll(files)
 	p.answer(text)
 	return inodeOf
 }
@@ -133,7 +133,7 @@ func (p peer) answer(text string) {
 // is the next thing to come.
 func (st *serverTest) wantNothing(p peer) {
 	st.Helper()
-	if err := st.server.Set(workload("marker"), nil); err != nil {
+	if err := st.server.Set(workload("marker"), Files{}); err != nil {
 		st.Fatal(err)
 	}
 	st.server.mu.Lock()
@@ -157,7 +157,7 @@ func (st *serverTest) set(uid string) uint64 {
 	if err != nil {
 		st.Fatal(err)
 	}
-	if err := st.server.Set(fullWorkload(uid), keep); err != nil {
+	if err := st.server.Set(fullWorkload(uid), Files{Device: keep}); err != nil {
 		st.Fatal(err)
 	}
 	return n
@@ -195,7 +195,7 @@ func TestServerSnapshotThenLive(t *testing.T) {
 
 func TestServerKeepsWithoutDevice(t *testing.T) {
 	st := newServerTest(t)
-	if err := st.server.Set(fullWorkload("u"), nil); err != nil {
+	if err := st.server.Set(fullWorkload("u"), Files{}); err != nil {
 		t.Fatal(err)
 	}
 	p := st.greet(st.process())
@@ -228,14 +228,14 @@ func TestServerOneReader(t *testing.T) {
 
 	a = st.greet(first) // It comes back, and is told of its pod again.
 	for range 2 {
-		msg, file, err := a.receive()
+		msg, files, err := a.receive()
 		if err != nil {
 			t.Fatal(err)
 		}
 		r, _ := decodeRequest(msg)
 		switch {
-		case r.kind == kindAdd && r.workload.UID == "u" && file != nil:
-			_ = file.Close()
+		case r.kind == kindAdd && r.workload.UID == "u" && len(files) == 1:
+			closeAll(files)
 		case r.kind == kindKeep && r.workload.UID == "u2":
 		default:
 			t.Fatalf("the first proxy is told %v %s", r.kind, r.workload.UID)
@@ -325,6 +325,107 @@ func TestServerUpdateAndNack(t *testing.T) {
 	if ok, err := st.server.Update(workload("nobody")); ok || err != nil {
 		t.Errorf("Update of an unknown uid = %v, %v", ok, err)
 	}
+}
+
+// TestServerSendsICMPSockets: after the device, in order, as often as it is
+// sent; to a peer that knows only Istio's fields the message means one.
+func TestServerSendsICMPSockets(t *testing.T) {
+	st := newServerTest(t)
+	before := openFiles(t)
+	want := []uint64{}
+	open := func(n int) Files {
+		var list []*os.File
+		for range n {
+			f := device(t)
+			d, err := dup(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = f.Close()
+			want = append(want, inode(t, d))
+			list = append(list, d)
+		}
+		return filesOf(list)
+	}
+	set := func(w Workload, n int) {
+		t.Helper()
+		want = want[:0]
+		if err := st.server.Set(w, open(n)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := st.greet(nil)
+	p.want(kindSnapshotSent, "", "")
+	ours := openFiles(t) - before
+	expect := func(why string, n int) {
+		t.Helper()
+		msg, files, err := p.receive()
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := decodeRequest(msg)
+		if err != nil || r.files() != n || len(files) != n {
+			t.Fatalf("%s: message of %d descriptors with %d, %v, want %d", why, r.files(), len(files), err, n)
+		}
+		for i, f := range files {
+			if got := inode(t, f); got != want[i] {
+				t.Errorf("%s: descriptor %d is inode %d, want %d", why, i, got, want[i])
+			}
+		}
+		closeAll(files)
+		p.answer("")
+	}
+	set(fullWorkload("u"), 3)
+	expect("both families", 3)
+	w := fullWorkload("u")
+	w.Device.BypassInbound = false
+	if ok, err := st.server.Update(w); !ok || err != nil {
+		t.Fatalf("Update = %v, %v", ok, err)
+	}
+	expect("told again of the same device", 3)
+	set(w, 2)
+	expect("one family", 2)
+	set(w, 1)
+	expect("none", 1)
+	set(workload("u"), 3)
+	expect("without a description", 1)
+	st.wantServed("u", true)
+	if got := openFiles(t) - before - ours; got != 3 {
+		t.Errorf("the server holds %d descriptors, want 3", got)
+	}
+	if err := st.server.Set(fullWorkload("v"), open(4)); err == nil {
+		t.Error("three ICMP sockets were taken")
+	}
+	if err := st.server.Set(fullWorkload("v"), Files{ICMP: []*os.File{}}); err != nil {
+		t.Errorf("no files: %v", err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- st.server.Delete(context.Background(), "u") }()
+	p.want(kindDel, "u", "")
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if got := openFiles(t) - before - ours; got != 0 {
+		t.Errorf("after Delete the server holds %d descriptors", got)
+	}
+}
+
+// TestServerRetriesWhatItCouldNotSend: out of descriptors for a moment.
+func TestServerRetriesWhatItCouldNotSend(t *testing.T) {
+	st := newServerTest(t)
+	p := st.greet(st.process())
+	p.want(kindSnapshotSent, "", "")
+	broken := device(t)
+	_ = broken.Close()
+	if err := st.server.Set(fullWorkload("u"), Files{Device: broken}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "an error", func() bool { return st.server.State("u").Err != nil })
+	st.server.mu.Lock()
+	st.server.pods["u"].files.Device = device(t)
+	st.server.mu.Unlock()
+	p.want(kindAdd, "u", "")
+	st.wantServed("u", true)
 }
 
 func TestServerDropsBadProxies(t *testing.T) {
@@ -420,7 +521,7 @@ func TestClientAndServer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Set(fullWorkload("u"), keep); err != nil {
+	if err := s.Set(fullWorkload("u"), Files{Device: keep}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "served", func() bool { return s.State("u").Served })
@@ -428,13 +529,13 @@ func TestClientAndServer(t *testing.T) {
 		t.Errorf("reader = %d, want this process, %d", got, os.Getpid())
 	}
 	stop()
-	if err := s.Set(fullWorkload("late"), nil); !errors.Is(err, net.ErrClosed) {
+	if err := s.Set(fullWorkload("late"), Files{}); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Set on a closed server = %v", err)
 	}
 
 	// The agent's next life: it cannot open the device, so it says Keep.
 	s, stop = serve()
-	if err := s.Set(fullWorkload("u"), nil); err != nil {
+	if err := s.Set(fullWorkload("u"), Files{}); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "kept", func() bool { return s.State("u").Served })

@@ -73,12 +73,12 @@ func (c *serverConn) hello() error {
 	if err := c.conn.SetReadDeadline(time.Now().Add(exchange)); err != nil {
 		return err
 	}
-	msg, file, err := receive(c.conn, make([]byte, maxReply))
+	msg, files, err := receive(c.conn, make([]byte, maxReply))
 	if err != nil {
 		return fmt.Errorf("zds: waiting for hello: %w", err)
 	}
-	if file != nil {
-		_ = file.Close()
+	if len(files) > 0 {
+		closeAll(files)
 		return errors.New("zds: hello with a descriptor")
 	}
 	return decodeHello(msg)
@@ -96,12 +96,12 @@ func (c *serverConn) read(answers chan<- answer, done <-chan struct{}) {
 	buf := make([]byte, maxReply+maxReply/2)
 	for {
 		var a answer
-		msg, file, err := receive(c.conn, buf)
+		msg, files, err := receive(c.conn, buf)
 		switch {
 		case err != nil:
 			a.err = err
-		case file != nil:
-			_ = file.Close()
+		case len(files) > 0:
+			closeAll(files)
 			a.err = errors.New("zds: answer with a descriptor")
 		default:
 			a.text, a.err = decodeResponse(msg)
@@ -150,23 +150,27 @@ func (c *serverConn) talk(answers <-chan answer) error {
 	}
 }
 
-// askAgain makes the pods that this proxy refused be sent once more.
+// askAgain makes the pods that this proxy refused, or that could not be sent to
+// it, be sent once more.
 func (c *serverConn) askAgain() {
 	s := c.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for uid, p := range s.pods {
-		if p.nack != "" && p.reader == c.proc && c.knowsLocked(uid) {
-			c.told[uid] = 0
-			c.markLocked(uid)
+		if p.nack == "" || s.targetLocked(p) != c {
+			continue
 		}
+		if c.knowsLocked(uid) {
+			c.told[uid] = 0
+		} // Else the proxy never heard of it: we were out of descriptors.
+		c.markLocked(uid)
 	}
 }
 
 // A job is one message to send, and what it is about.
 type job struct {
 	req    request
-	device *os.File // Ours; closed after sending.
+	files  Files // Ours; closed after sending.
 	pod    *serverPod
 	serial uint64
 }
@@ -193,11 +197,11 @@ func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 		return job{req: request{kind: kindDel, workload: Workload{UID: uid}}}, true
 	case p == nil:
 		return job{}, false
-	case p.device != nil && !p.stale && c.server.targetLocked(p) == c:
+	case p.files.Device != nil && !p.stale && c.server.targetLocked(p) == c:
 		if told && serial == p.serial {
 			return job{}, false
 		}
-		device, err := dup(p.device)
+		files, err := p.files.dup()
 		if err != nil {
 			p.nack = err.Error()
 			return job{}, false
@@ -205,7 +209,11 @@ func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 		// From here on the proxy may have it, whatever becomes of the message.
 		p.reader = c.proc
 		c.told[uid] = p.serial
-		return job{req: request{kind: kindAdd, workload: p.workload}, device: device, pod: p, serial: p.serial}, true
+		req := request{kind: kindAdd, workload: p.workload}
+		if req.workload.Device != nil { // Else a stock message, which means one descriptor.
+			req.icmp = len(files.ICMP)
+		}
+		return job{req: req, files: files, pod: p, serial: p.serial}, true
 	case snapshot && !told:
 		c.told[uid] = 0
 		return job{req: request{kind: kindKeep, workload: Workload{UID: uid}}, pod: p}, true
@@ -216,14 +224,12 @@ func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 // do sends one message, waits for its answer and notes what it says.
 func (c *serverConn) do(j job, answers <-chan answer) error {
 	err := func() error {
-		if j.device != nil {
-			defer j.device.Close()
-		}
+		defer j.files.Close()
 		msg, err := encodeRequest(j.req)
 		if err != nil {
 			return err
 		}
-		return send(c.conn, msg, j.device, time.Now().Add(exchange))
+		return send(c.conn, msg, j.files.list()[:j.req.files()], time.Now().Add(exchange))
 	}()
 	if err != nil {
 		return fmt.Errorf("zds: send %v: %w", j.req.kind, err)

@@ -176,7 +176,8 @@ func (x *WorkloadInfo) GetServiceAccount() string {
 	return ""
 }
 
-// AddWorkload carries exactly one descriptor: the pod's TUN device.
+// AddWorkload carries exactly one descriptor, the pod's TUN device, unless its
+// Device says that ICMP sockets follow it.
 type AddWorkload struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
@@ -256,7 +257,10 @@ type Device struct {
 	ProbePorts    []uint32 `protobuf:"varint,9,rep,packed,name=probe_ports,json=probePorts,proto3" json:"probe_ports,omitempty"`
 	// Equal ids mean the same open device: all descriptors of TUN devices look
 	// alike to the proxy, which keeps a pod running when it is added again.
-	Id            string `protobuf:"bytes,100,opt,name=id,proto3" json:"id,omitempty"`
+	Id string `protobuf:"bytes,100,opt,name=id,proto3" json:"id,omitempty"`
+	// How many raw ICMP sockets of the pod's namespace follow the device in the
+	// same control message, 0 to 2.
+	IcmpSockets   uint32 `protobuf:"varint,101,opt,name=icmp_sockets,json=icmpSockets,proto3" json:"icmp_sockets,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -359,6 +363,13 @@ func (x *Device) GetId() string {
 		return x.Id
 	}
 	return ""
+}
+
+func (x *Device) GetIcmpSockets() uint32 {
+	if x != nil {
+		return x.IcmpSockets
+	}
+	return 0
 }
 
 // Flow is a TCP connection as the pod sees it.
@@ -793,7 +804,7 @@ const file_zdsapi_zds_proto_rawDesc = "" +
 	"\vAddWorkload\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12E\n" +
 	"\rworkload_info\x18\x02 \x01(\v2 .istio.workload.zds.WorkloadInfoR\fworkloadInfo\x122\n" +
-	"\x06device\x18d \x01(\v2\x1a.istio.workload.zds.DeviceR\x06device\"\xdc\x02\n" +
+	"\x06device\x18d \x01(\v2\x1a.istio.workload.zds.DeviceR\x06device\"\xff\x02\n" +
 	"\x06Device\x12\x1c\n" +
 	"\taddresses\x18\x01 \x03(\fR\taddresses\x12\x10\n" +
 	"\x03mtu\x18\x02 \x01(\rR\x03mtu\x12%\n" +
@@ -807,7 +818,8 @@ const file_zdsapi_zds_proto_rawDesc = "" +
 	"\x0enode_addresses\x18\b \x03(\fR\rnodeAddresses\x12\x1f\n" +
 	"\vprobe_ports\x18\t \x03(\rR\n" +
 	"probePorts\x12\x0e\n" +
-	"\x02id\x18d \x01(\tR\x02id\"\x92\x01\n" +
+	"\x02id\x18d \x01(\tR\x02id\x12!\n" +
+	"\ficmp_sockets\x18e \x01(\rR\vicmpSockets\"\x92\x01\n" +
 	"\x04Flow\x12#\n" +
 	"\rlocal_address\x18\x01 \x01(\fR\flocalAddress\x12\x1d\n" +
 	"\n" +
