@@ -123,7 +123,7 @@ func TestLeafOfAnotherRootIsLogged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !strings.Contains(log.String(), "does not chain") {
+	if !strings.Contains(log.String(), "no SVID that chains") {
 		t.Errorf("log: %s", log.String())
 	}
 }
