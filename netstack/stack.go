@@ -52,7 +52,7 @@ type Stack struct {
 	listeners []*listener
 	reserved  int64
 	timeWaits []*Flow // oldest first
-	quiet     bool // answers no SYN
+	quiet     bool    // answers no SYN
 	closed    bool
 
 	// accepting has the Requests whose handshake gVisor performs. mu guards it.
