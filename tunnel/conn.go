@@ -38,8 +38,6 @@ func (p *Pod) begin(dir Direction, src, dst netip.AddrPort, refuse func(Reason))
 	switch {
 	case p.closed:
 		c.fail(Closed, nil)
-	case p.draining:
-		c.fail(Draining, nil)
 	case full:
 		p.stats.Limited.Add(1)
 		c.fail(Limit, nil)

@@ -224,6 +224,7 @@ func NewPod(cfg Config) (*Pod, error) {
 		H2:            cfg.H2Server,
 		Handle:        p.handleConnect,
 		Failed:        p.tunnelFailed,
+		Idle:          p.checkDrained,
 		MaxConns:      cfg.Limits.Tunnels,
 		MaxHandshakes: cfg.Limits.Handshakes,
 	})
@@ -239,13 +240,17 @@ func (p *Pod) Stats() (*Stats, *hbone.PoolStats, *hbone.ServerStats) {
 	return &p.stats, p.pool.Stats(), p.peers.Stats()
 }
 
-// HandleTCP answers a SYN.
+// HandleTCP answers a SYN; not while the pod drains, so that its sender repeats
+// it and whoever serves the pod next answers.
 func (p *Pod) HandleTCP(r Request) {
-	if r.Inbound() {
+	switch {
+	case p.draining:
+		r.Refuse(Draining.Refusal())
+	case r.Inbound():
 		p.handlePlain(r)
-		return
+	default:
+		p.handleOutbound(r)
 	}
-	p.handleOutbound(r)
 }
 
 // HandleTunnel serves a connection that a peer opened to TunnelPort.
@@ -253,9 +258,11 @@ func (p *Pod) HandleTunnel(end splice.End, remote, local netip.AddrPort) {
 	p.peers.Serve(end, remote, local)
 }
 
-// Drain refuses what is new, asks peers to open no more streams, and returns
-// when the last connection has ended, or with ctx's cause. It may be called
-// from any goroutine but the loop's.
+// Drain answers no more SYNs, asks peers to open no more streams, and returns
+// when the last connection and the last peer's tunnel have ended, or with ctx's
+// cause. Streams and tunnels that were under way when the peer was asked are
+// still served: stop the stack from accepting first, or there is no end of them. It may
+// be called from any goroutine but the loop's.
 func (p *Pod) Drain(ctx context.Context) error {
 	done := make(chan struct{})
 	p.loop.Post(func() {
@@ -318,7 +325,7 @@ func (p *Pod) teardown() {
 }
 
 func (p *Pod) checkDrained() {
-	if len(p.conns) > 0 || len(p.drained) == 0 {
+	if len(p.drained) == 0 || len(p.conns) > 0 || p.peers.Stats().Conns.Load() > 0 {
 		return
 	}
 	for _, done := range p.drained {

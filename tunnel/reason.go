@@ -45,7 +45,7 @@ const (
 	Denied
 	// PolicyMissing: a policy that the workload names has not been delivered.
 	PolicyMissing
-	// Draining: the proxy takes no new connections.
+	// Draining: the proxy takes no new connections; the next one may.
 	Draining
 
 	// Decided here, for a connection that was live.
@@ -138,7 +138,7 @@ var effects = [reasons]effect{
 	NoCertificate:   {"no-certificate", "identity error: no certificate", "IDENTITY_ERROR", 503, hbone.ProxyInternalError, netstack.RefuseUnreachable, false},
 	Denied:          {"denied", "connection closed due to policy rejection", flagDeny, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
 	PolicyMissing:   {"policy-missing", "connection closed due to policy rejection", flagDeny, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
-	Draining:        {"draining", "connection closed due to connection drain", flagNone, 503, hbone.DestinationUnavailable, netstack.RefuseReset, false},
+	Draining:        {"draining", "connection closed due to connection drain", flagNone, 503, hbone.DestinationUnavailable, netstack.RefuseSilent, false},
 
 	PolicyChange: {"policy-change", "connection closed due to policy change", flagDeny, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
 	WorkloadGone: {"workload-gone", "connection closed since its workload was removed", flagNone, 503, hbone.DestinationUnavailable, netstack.RefuseReset, false},

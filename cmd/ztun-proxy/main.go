@@ -12,8 +12,9 @@
 //  4. once the control plane has told the whole mesh: the agent's socket; each
 //     pod it names becomes a stack and a tunnel.Pod (pods.go)
 //
-// and of a stop: no new pods, no new connections, old ones until the deadline,
-// then everything in the reverse order (stop.go).
+// and of a stop: no new pods, no answer to a SYN, old connections until the
+// deadline, then everything in the reverse order (stop.go). Who sent the SYN
+// repeats it until the next proxy answers.
 package main
 
 import (

@@ -148,7 +148,7 @@ func probes(d *zds.Device, log *slog.Logger) func(src, dst netip.AddrPort) bool 
 	}
 }
 
-// Stop implements zds.Proxy.
+// Stop implements zds.Proxy. Connections are reset.
 func (s *pod) Stop() {
 	s.tunnel.Close()
 	s.stack.Close()
@@ -173,14 +173,22 @@ func (h handler) HandleTunnel(end splice.End, remote, local netip.AddrPort) {
 func (h handler) HandleUDP(d *netstack.Datagram) { d.Forward() }
 
 // drainAll lets the connections of all pods end by themselves until ctx ends,
-// then cuts them.
+// then cuts them. No SYN is answered from the start: its sender repeats it, and
+// the next proxy answers.
 func drainAll(ctx context.Context, list []zds.PodStatus, log *slog.Logger) {
-	var wg sync.WaitGroup
+	var served []*pod
+	var live int64
 	for _, st := range list {
-		s, ok := st.Proxy.(*pod)
-		if !ok {
-			continue
+		if s, ok := st.Proxy.(*pod); ok {
+			s.stack.StopAccepting()
+			stats, _, _ := s.tunnel.Stats()
+			live += stats.Live.Load()
+			served = append(served, s)
 		}
+	}
+	log.Info("new connections wait for the next proxy", "pods", len(served), "connections", live)
+	var wg sync.WaitGroup
+	for _, s := range served {
 		wg.Go(func() {
 			if err := s.tunnel.Drain(ctx); err != nil {
 				log.Info("connections are cut: the deadline has passed", "wl", s.name)

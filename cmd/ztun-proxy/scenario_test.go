@@ -335,6 +335,57 @@ func TestProxyLife(t *testing.T) {
 	n.wantNewConnection("of the next proxy")
 }
 
+// TestConnectDuringDrainIsServedByTheNextProxy: from a pod to a pod, and from
+// outside of the mesh.
+func TestConnectDuringDrainIsServedByTheNextProxy(t *testing.T) {
+	n := newNode(t)
+	n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s")
+	live := n.connect()
+	n.wantEcho("a connection", live)
+	n.signal(syscall.SIGTERM)
+	eventually(t, "no SYN is answered", func() bool { return strings.Contains(n.log.String(), "wait for the next proxy") })
+	var late []chan error
+	for _, from := range []*netnstest.NS{n.pa, n.fabric} {
+		done := make(chan error, 1)
+		late = append(late, done)
+		go func() {
+			c, err := from.Dial("tcp", "10.1.0.12:8080", patience)
+			if err == nil {
+				err = echo(c, "late")
+				_ = c.Close()
+			}
+			done <- err
+		}()
+	}
+	wire := n.fabric.Capture("br0") // Sees what the second one sends.
+	eventually(t, "a SYN was repeated", func() bool { return len(wire.Packets(isSYN)) > 0 })
+	n.wantEcho("while it drains", live)
+	for _, done := range late {
+		select {
+		case err := <-done:
+			t.Errorf("answered by a proxy that drains: %v", err)
+		default:
+		}
+	}
+	_ = live.Close()
+	n.wantExit("its last connection has ended")
+	n.startProxy()
+	for _, done := range late {
+		if err := <-done; err != nil {
+			t.Errorf("a connect during the drain: %v", err)
+		}
+	}
+}
+
+// isSYN tells of an IPv4 packet that opens a connection.
+func isSYN(p []byte) bool {
+	if len(p) < 40 || p[0]>>4 != 4 || p[9] != unix.IPPROTO_TCP {
+		return false
+	}
+	tcp := p[int(p[0]&15)*4:]
+	return len(tcp) >= 20 && tcp[13]&0x12 == 0x02
+}
+
 // unreachable makes the router answer for a prefix with an ICMP error.
 func (n *node) unreachable(prefix string) {
 	n.Helper()

@@ -28,6 +28,8 @@ type ServerConfig struct {
 	Handle func(*Incoming)
 	// Failed is told of connections that never came to speak HTTP/2.
 	Failed func(remote, local netip.AddrPort, err error)
+	// Idle is told when the last connection has ended. May be nil.
+	Idle func()
 
 	MaxConns      int // open connections; 2048
 	MaxHandshakes int // of them before the end of the TLS handshake; 64
@@ -94,8 +96,6 @@ func (s *Server) admit(source netip.Addr) error {
 	switch {
 	case s.closed:
 		return ErrClosed
-	case s.drain:
-		return ErrDraining
 	case len(s.conns) >= s.cfg.MaxConns, s.handshakes >= s.cfg.MaxHandshakes, s.sources[source] >= s.cfg.MaxPerSource:
 		s.stats.Limited.Add(1)
 		return ErrLimit
@@ -103,7 +103,8 @@ func (s *Server) admit(source netip.Addr) error {
 	return nil
 }
 
-// Drain takes no new connections, and asks the peers to open no more streams.
+// Drain asks the peers to open no more streams, those of connections that were
+// under way too. A connection ends after its last stream.
 func (s *Server) Drain() {
 	s.drain = true
 	for c := range s.conns {
@@ -226,6 +227,9 @@ func (c *serverConn) gone() {
 		s.handshaking(c, -1)
 	}
 	s.count()
+	if len(s.conns) == 0 && s.cfg.Idle != nil {
+		s.cfg.Idle()
+	}
 }
 
 func (c *serverConn) onStream(st *h2.Stream, r h2.Request) {
