@@ -5,9 +5,11 @@ import (
 	"net/netip"
 	"os"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/ztun/ztun/cmd/internal/config"
 	"github.com/ztun/ztun/cmd/internal/zds"
 	"github.com/ztun/ztun/netstack"
 )
@@ -41,6 +43,20 @@ func TestStartClosesWhatItCannotUse(t *testing.T) {
 		if after := openFiles(t); after != before {
 			t.Errorf("%s: %d descriptors are open, %d were before", name, after, before)
 		}
+	}
+}
+
+// TestKeepaliveIsThatOfTheEnvironment: facts/ztunnel.md 1.3 and 14.
+func TestKeepaliveIsThatOfTheEnvironment(t *testing.T) {
+	c := config.Keepalive{Time: 60 * time.Second, Interval: 10 * time.Second, Retries: 3}
+	want := netstack.Keepalive{Idle: 60 * time.Second, Interval: 10 * time.Second, Count: 3}
+	if got := keepalive(c); got != want {
+		t.Errorf("%+v became %+v, want %+v", c, got, want)
+	}
+	c.Off, c.UserTimeout = true, true
+	want.Off, want.UserTimeout = true, 90*time.Second
+	if got := keepalive(c); got != want {
+		t.Errorf("%+v became %+v, want %+v", c, got, want)
 	}
 }
 

@@ -105,7 +105,7 @@ func (p *proxy) build() (err error) {
 		CA: p.ca, TTL: cfg.Certs.TTL, PQCOnly: cfg.Certs.PostQuantumOnly, Log: p.logs.Logger("identity"),
 	})
 	p.handshakes = hbone.NewHandshakes(hbone.HandshakesConfig{})
-	p.engine, err = netstack.New(netstack.Config{Readers: cfg.Readers, Log: p.logs.Logger("netstack")})
+	p.engine, err = netstack.New(netstack.Config{Readers: cfg.Readers, Keepalive: keepalive(cfg.Keepalive), Log: p.logs.Logger("netstack")})
 	if err != nil {
 		return err
 	}
@@ -117,6 +117,15 @@ func (p *proxy) build() (err error) {
 		Log:     p.logs.Logger("inpod"),
 	})
 	return nil
+}
+
+// keepalive is that of every connection, of either leg.
+func keepalive(c config.Keepalive) netstack.Keepalive {
+	k := netstack.Keepalive{Off: c.Off, Idle: c.Time, Interval: c.Interval, Count: c.Retries}
+	if c.UserTimeout {
+		k.UserTimeout = c.Time + time.Duration(c.Retries)*c.Interval
+	}
+	return k
 }
 
 func (p *proxy) xdsConfig() xds.Config {

@@ -377,13 +377,32 @@ func TestConnectDuringDrainIsServedByTheNextProxy(t *testing.T) {
 	}
 }
 
+// TestKeepaliveProbesSilentPeers: as often as the environment says.
+func TestKeepaliveProbesSilentPeers(t *testing.T) {
+	n := newNode(t)
+	n.startProxy("KEEPALIVE_TIME=1s", "KEEPALIVE_INTERVAL=1s")
+	c, err := n.fabric.Dial("tcp", "10.1.0.12:8080", patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	n.wantEcho("from outside", c)
+	wire := n.fabric.Capture("br0")
+	probe := func(p []byte) bool { // A bare ACK of the pod: nobody has said anything.
+		return isTCP(p) && [4]byte(p[12:16]) == [4]byte{10, 1, 0, 12} && p[int(p[0]&15)*4+13] == 0x10
+	}
+	eventually(t, "probes of a silent peer", func() bool { return len(wire.Packets(probe)) >= 3 })
+	n.wantEcho("still there", c)
+}
+
 // isSYN tells of an IPv4 packet that opens a connection.
 func isSYN(p []byte) bool {
-	if len(p) < 40 || p[0]>>4 != 4 || p[9] != unix.IPPROTO_TCP {
-		return false
-	}
-	tcp := p[int(p[0]&15)*4:]
-	return len(tcp) >= 20 && tcp[13]&0x12 == 0x02
+	return isTCP(p) && p[int(p[0]&15)*4+13]&0x12 == 0x02
+}
+
+// isTCP tells of an IPv4 packet with a whole TCP header.
+func isTCP(p []byte) bool {
+	return len(p) >= 40 && p[0]>>4 == 4 && p[9] == unix.IPPROTO_TCP && len(p) >= int(p[0]&15)*4+20
 }
 
 // unreachable makes the router answer for a prefix with an ICMP error.

@@ -131,6 +131,9 @@ type HBONE struct {
 	NoBaggage        bool // Neither send nor believe baggage.
 }
 
+// maxKeepalive is what kernels take (tcp(7)).
+const maxKeepalive = 32767 * time.Second
+
 // Keepalive is TCP keepalive on both legs.
 type Keepalive struct {
 	Off         bool
@@ -265,8 +268,8 @@ func (c *Config) Validate() error {
 	if _, err := netip.ParseAddr(c.Node.InstanceIP); err != nil {
 		bad("INSTANCE_IP %q is not an address", c.Node.InstanceIP)
 	}
-	if k := c.Keepalive; k.Time < time.Second || k.Interval < time.Second || k.Retries < 1 || k.Retries > 127 {
-		bad("keepalive needs at least 1s of KEEPALIVE_TIME and KEEPALIVE_INTERVAL, and 1..127 KEEPALIVE_RETRIES")
+	if k := c.Keepalive; min(k.Time, k.Interval) < time.Second || max(k.Time, k.Interval) > maxKeepalive || k.Retries < 1 || k.Retries > 127 {
+		bad("keepalive needs 1s..%v of KEEPALIVE_TIME and KEEPALIVE_INTERVAL, and 1..127 KEEPALIVE_RETRIES", maxKeepalive)
 	}
 	return errors.Join(errs...)
 }

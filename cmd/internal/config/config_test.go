@@ -252,6 +252,7 @@ func TestRefused(t *testing.T) {
 		{"AUTH_TOKEN=/no/such/token", "no such file"},
 		{"XDS_ROOT_CA=/no/such/root", "neither a file"},
 		{"KEEPALIVE_TIME=1ms", "keepalive"},
+		{"KEEPALIVE_INTERVAL=40000s", "keepalive"},
 		{"INPOD_UDS=" + strings.Repeat("x", 108), "107"},
 	} {
 		_, err := load(t, tt.env)

@@ -270,9 +270,6 @@ func (l *loader) dataPlane() {
 		c.Keepalive.Retries = int(retries)
 	}
 	c.Keepalive.UserTimeout = l.flag("USER_TIMEOUT_ENABLED", false)
-	if k := c.Keepalive; k.Off || k.UserTimeout || k.Time+k.Interval > 0 || k.Retries > 0 {
-		l.note("KEEPALIVE_* and USER_TIMEOUT_ENABLED are not used yet: connections have ztunnel's default keepalive")
-	}
 
 	switch policy := l.env["COMPLIANCE_POLICY"]; policy {
 	case "":
