@@ -156,7 +156,7 @@ func (in *inbound) port(to hbone.Authority) (port uint16, why Reason, err error)
 func (in *inbound) admit(check authz.Input) {
 	in.check = &check
 	in.open()
-	if why, err := in.allowed(in.self); why != OK {
+	if why, err := in.allowed(in.self, false); why != OK {
 		in.fail(why, err)
 		return
 	}

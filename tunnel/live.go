@@ -16,13 +16,12 @@ type recheck struct {
 }
 
 // allowed asks the policies of s about c, which must be registered already, so
-// that no change can slip between the check and the watch.
-func (c *conn) allowed(s *self) (Reason, error) {
+// that no change can slip between the check and the watch. again: it was allowed
+// before.
+func (c *conn) allowed(s *self, again bool) (Reason, error) {
 	c.pod.stats.Checks.Add(1)
 	v := authz.Check(*c.check, s.policies, s.missing)
-	for _, note := range v.DryRun {
-		c.pod.log.Debug(note.String(), "policy", note.Policy, "src", c.check.Src, "dst", c.check.Dst)
-	}
+	c.pod.logDecision(c.check, &v, again)
 	switch {
 	case v.Allowed:
 		return OK, nil
@@ -75,7 +74,7 @@ func (p *Pod) checkSome() {
 			r.queue = nil
 			return
 		}
-		if why, err := c.allowed(s); why != OK {
+		if why, err := c.allowed(s, true); why != OK {
 			p.stats.Cut.Add(1)
 			c.cut(PolicyChange, err)
 		}

@@ -151,7 +151,7 @@ func (o *outbound) hairpin() {
 	in.rec.SrcIdentity, in.rec.DstIdentity = o.rec.SrcIdentity, o.rec.DstIdentity
 	in.check = &authz.Input{Src: o.rec.Src, Dst: o.route.Target, Peer: o.rec.SrcIdentity}
 	in.open()
-	if why, err := in.allowed(o.self); why != OK {
+	if why, err := in.allowed(o.self, false); why != OK {
 		in.fail(why, err)
 		return
 	}

@@ -74,6 +74,11 @@ type Config struct {
 	Recorder   Recorder
 	Log        *slog.Logger // default: nothing is logged
 
+	// PolicyLog takes every decision of a policy, at Debug, or at Info if
+	// PolicyInfo is set. Default: Log.
+	PolicyLog  *slog.Logger
+	PolicyInfo bool
+
 	// NoResponseBaggage leaves the baggage out of answers and does not believe
 	// that of requests.
 	NoResponseBaggage bool
@@ -108,6 +113,9 @@ type Timeouts struct {
 func (c *Config) setDefaults() {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.PolicyLog == nil {
+		c.PolicyLog = c.Log
 	}
 	if c.ProxyPorts == nil {
 		c.ProxyPorts = []uint16{15001, 15006, TunnelPort}
@@ -151,13 +159,15 @@ func (c *Config) Validate() error {
 // A Pod answers what one pod's edges ask.
 type Pod struct {
 	// Set by NewPod, read-only after.
-	cfg   Config
-	loop  splice.Loop
-	log   *slog.Logger
-	certs *hbone.Certificates
-	pool  *hbone.Pool
-	peers *hbone.Server
-	stats Stats
+	cfg  Config
+	loop splice.Loop
+	log  *slog.Logger
+	// policyLog is asked before a line for it is made.
+	policyLog *slog.Logger
+	certs     *hbone.Certificates
+	pool      *hbone.Pool
+	peers     *hbone.Server
+	stats     Stats
 
 	quit     chan struct{} // closed by Close
 	quitOnce sync.Once
@@ -195,9 +205,9 @@ func NewPod(cfg Config) (*Pod, error) {
 		cfg.Addrs[i] = a.Unmap().WithZone("")
 	}
 	p := &Pod{
-		cfg:      cfg,
-		loop:     cfg.Stack.Loop(),
-		log:      cfg.Log,
+		cfg:  cfg,
+		loop: cfg.Stack.Loop(),
+		log:  cfg.Log, policyLog: cfg.PolicyLog,
 		quit:     make(chan struct{}),
 		awaiting: make(map[*await]struct{}),
 		conns:    make(map[*conn]struct{}),

@@ -25,6 +25,8 @@ type pods struct {
 	engine  *netstack.Engine
 	traffic *telemetry.Traffic
 	log     *slog.Logger
+	// policyLog takes the decisions of policies.
+	policyLog *slog.Logger
 	// config is what all pods have in common.
 	config tunnel.Config
 
@@ -65,6 +67,7 @@ func (p *pods) Start(w zds.Workload, files zds.Files) (zds.Proxy, error) {
 		cfg := p.config
 		cfg.Workload = tunnel.Workload{Name: w.Name, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount}
 		cfg.Addrs, cfg.Stack, cfg.Recorder, cfg.Log = d.Addresses, stack, p.traffic.Recorder(), log
+		cfg.PolicyLog = p.policyLog.With("wl", name)
 		var err error
 		s.tunnel, err = tunnel.NewPod(cfg)
 		if err != nil {

@@ -162,11 +162,12 @@ func (p *proxy) newPods() *pods {
 	client := tunnels
 	client.MaxStreams = uint32(h.MaxStreams)
 	return &pods{
-		engine: p.engine, traffic: p.traffic, log: p.logs.Logger("proxy"),
+		engine: p.engine, traffic: p.traffic, log: p.logs.Logger("proxy"), policyLog: p.logs.Logger("state"),
 		running: map[*pod]struct{}{}, ended: map[string]uint64{},
 		config: tunnel.Config{
 			Mesh: p.store, Certs: p.certs, Handshakes: p.handshakes,
 			NoResponseBaggage: h.NoBaggage,
+			PolicyInfo:        p.cfg.Log.PolicyInfo,
 			H2Client:          client, H2Server: tunnels,
 			Timeouts: tunnel.Timeouts{Idle: h.PoolIdle},
 		},

@@ -298,9 +298,12 @@ func (n *node) wantNewConnection(why string) {
 
 func TestProxyLife(t *testing.T) {
 	n := newNode(t)
-	n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s")
+	n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s", "AUTHZ_POLICY_INFO_LOGGING=true")
 	live := n.connect()
 	n.wantEcho("a connection", live)
+	if line := "\tinfo\tstate\tno allow policies, allow\twl=\"default/pb\" src.addr=10.1.0.11:"; !strings.Contains(n.log.String(), line) {
+		t.Errorf("no decision of the policies was logged as %q", line)
+	}
 
 	t.Run("no privileges", func(t *testing.T) {
 		if err := verifyPrivileges(fmt.Sprintf("/proc/%d/task", n.proxy.Process.Pid)); err != nil {
