@@ -4,8 +4,8 @@ import (
 	"github.com/ztun/ztun/xds/authz"
 )
 
-// recheckTurn is how many live connections are checked before others get their
-// turn on the loop.
+// recheckTurn is how many live connections are checked, or reported, before
+// others get their turn on the loop.
 const recheckTurn = 512
 
 // recheck is the check of live connections after a change.

@@ -379,6 +379,50 @@ func (p *Pod) Connections(ctx context.Context) ([]Live, error) {
 	}
 }
 
+// Report tells the Recorder, if it is a Progresser, how far the connections are,
+// and returns when it has been told of all, or with ctx's cause. It may be called
+// from any goroutine but the loop's.
+func (p *Pod) Report(ctx context.Context) error {
+	r, ok := p.cfg.Recorder.(Progresser)
+	if !ok {
+		return nil
+	}
+	done := make(chan struct{})
+	p.loop.Post(func() {
+		list := make([]*conn, 0, len(p.conns))
+		for c := range p.conns {
+			if c.opened && c.join != nil {
+				list = append(list, c)
+			}
+		}
+		p.report(r, list, done)
+	})
+	select {
+	case <-done:
+		return nil
+	case <-p.quit:
+		return ErrClosed
+	case <-ctx.Done():
+		return fmt.Errorf("tunnel: report of %v: %w", p.cfg.Workload, context.Cause(ctx))
+	}
+}
+
+// report tells of one turn's worth and comes again for the rest.
+func (p *Pod) report(r Progresser, list []*conn, done chan<- struct{}) {
+	now := list[:min(recheckTurn, len(list))]
+	for _, c := range now {
+		if !c.over {
+			c.rec.setBytes(c.join.Counts())
+			r.Progress(&c.rec)
+		}
+	}
+	if list = list[len(now):]; len(list) > 0 {
+		p.loop.Post(func() { p.report(r, list, done) })
+		return
+	}
+	close(done)
+}
+
 // isProxyPort reports whether port is one of the proxy's own.
 func (p *Pod) isProxyPort(port uint16) bool { return slices.Contains(p.cfg.ProxyPorts, port) }
 

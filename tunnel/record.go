@@ -30,7 +30,8 @@ func (d Direction) String() string {
 // A Record is what there is to tell of one connection. The fields above
 // Duration are set before it is first handed out; of these only DstIdentity may
 // change, once the peer has proven another of those it may have. The fields
-// from Duration on are set before Closed or Failed.
+// from Duration on are set before Closed or Failed, Sent and Received before
+// Progress as well.
 type Record struct {
 	Direction Direction
 	Start     time.Time
@@ -58,6 +59,10 @@ type Record struct {
 	Sent, Received uint64
 	Reason         Reason
 	Err            error // detail to Reason, or nil
+
+	// Slot is the Recorder's own, from Opened to Closed.
+	Slot any
+	told [2]uint64 // of Request and Response, by Untold
 }
 
 // MutualTLS reports whether both identities are proven.
@@ -78,6 +83,17 @@ func (r *Record) Response() uint64 {
 		return r.Received
 	}
 	return r.Sent
+}
+
+// Untold returns how much Request and Response have grown since it was last
+// called for this connection. It is for the Recorder.
+func (r *Record) Untold() (request, response uint64) {
+	now := [2]uint64{r.Request(), r.Response()}
+	for i, n := range now {
+		now[i] -= min(n, r.told[i])
+		r.told[i] = n
+	}
+	return now[0], now[1]
 }
 
 // Error returns the access log's error: the reason, with its detail where that
@@ -117,4 +133,11 @@ type Recorder interface {
 	// Failed is called, instead of both, for a connection that failed before
 	// it could be counted (early deny).
 	Failed(*Record)
+}
+
+// A Progresser is a Recorder that wants to hear of connections that live long.
+type Progresser interface {
+	// Progress is called between Opened and Closed, when Pod.Report is, with
+	// the bytes so far. It runs on the pod's loop.
+	Progress(*Record)
 }

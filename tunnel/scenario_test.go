@@ -536,6 +536,69 @@ func TestDrainLeavesNewToTheNextAndWaitsForTheRest(t *testing.T) {
 	})
 }
 
+// TestReportTellsOfLiveConnections: each byte once, and nothing of those that
+// are not accepted.
+func TestReportTellsOfLiveConnections(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := pair(w)
+		apps := catch(b, 80)
+		report := func(p *pod, calls int, request, response uint64) {
+			t.Helper()
+			p.records.progress = nil
+			if err := p.Report(context.Background()); err != nil {
+				t.Error(err)
+			}
+			if n, moved := len(p.records.progress), p.records.moved; n != calls || moved != [2]uint64{request, response} {
+				t.Errorf("told of %d connections and of %v bytes so far, want %d and %d, %d", n, moved, calls, request, response)
+			}
+		}
+		report(a, 0, 0, 0)
+		w.loop.Do(func() { w.silent[netip.MustParseAddrPort("10.0.0.2:81")] = true })
+		c, _ := a.call("10.0.0.2:80"), a.call("10.0.0.2:81")
+		server := (*apps)[0]
+		c.send("hello")
+		server.want("hello", "open")
+		report(a, 1, 5, 0)
+		server.send("answer!")
+		c.want("answer!", "open")
+		report(a, 1, 5, 7)
+		report(a, 1, 5, 7)
+		report(b, 1, 5, 7)
+		c.send("more")
+		c.closeWrite()
+		server.closeWrite()
+		synctest.Wait()
+		if r := a.last(tunnel.OK); r.Sent != 9 || r.Received != 7 {
+			t.Errorf("%d and %d bytes, want 9 and 7", r.Sent, r.Received)
+		}
+		report(a, 0, 9, 7)
+		report(b, 0, 9, 7)
+	})
+}
+
+// More than a turn's worth.
+func TestReportTakesTurns(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := pair(w)
+		b.serve(80, echoes)
+		const calls = 1100
+		for range calls {
+			a.call("10.0.0.2:80").send("x")
+		}
+		synctest.Wait()
+		if err := a.Report(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		if n, moved := len(a.records.progress), a.records.moved; n != calls || moved != [2]uint64{calls, calls} {
+			t.Errorf("told of %d connections and %v bytes, want %d and as many both ways", n, moved, calls)
+		}
+		a.Close()
+		if err := a.Report(context.Background()); err != tunnel.ErrClosed {
+			t.Errorf("of a closed pod: %v, want ErrClosed", err)
+		}
+	})
+}
+
 func TestCloseCutsAndAnswersEverything(t *testing.T) {
 	inWorld(t, func(w *world) {
 		a, b := pair(w)

@@ -424,6 +424,9 @@ type recorder struct {
 	open   map[*tunnel.Record]bool
 	closed []tunnel.Record
 	failed []tunnel.Record
+
+	progress []netip.AddrPort // clients whose connections were told of
+	moved    [2]uint64        // bytes, request and response
 }
 
 func (r *recorder) Opened(rec *tunnel.Record) {
@@ -439,6 +442,22 @@ func (r *recorder) Closed(rec *tunnel.Record) {
 	}
 	delete(r.open, rec)
 	r.closed = append(r.closed, *rec)
+	r.move(rec)
+}
+
+func (r *recorder) move(rec *tunnel.Record) {
+	request, response := rec.Untold()
+	r.moved[0] += request
+	r.moved[1] += response
+}
+
+// Progress implements tunnel.Progresser.
+func (r *recorder) Progress(rec *tunnel.Record) {
+	if !r.open[rec] {
+		r.t.Errorf("told of what is not open: %+v", rec)
+	}
+	r.progress = append(r.progress, rec.Src)
+	r.move(rec)
 }
 
 func (r *recorder) Failed(rec *tunnel.Record) { r.failed = append(r.failed, *rec) }

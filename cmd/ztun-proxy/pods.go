@@ -100,6 +100,24 @@ func (p *pods) counts() map[string]uint64 {
 	return sum
 }
 
+// reportTimeout bounds how long a scrape waits for the loops.
+const reportTimeout = time.Second
+
+// report makes every pod tell how far its connections are.
+func (p *pods) report() {
+	ctx, cancel := context.WithTimeout(context.Background(), reportTimeout)
+	defer cancel()
+	p.mu.Lock()
+	served := slices.Collect(maps.Keys(p.running))
+	p.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, s := range served {
+		// What is late comes with the next scrape.
+		wg.Go(func() { _ = s.tunnel.Report(ctx) })
+	}
+	wg.Wait()
+}
+
 // count adds to sum what happened at the pod that somebody may want to know.
 func (s *pod) count(sum map[string]uint64) {
 	stack := s.stack.Stats()

@@ -110,6 +110,7 @@ func (p *proxy) build() (err error) {
 		return err
 	}
 	p.pods = p.newPods()
+	p.traffic.OnScrape(p.pods.report)
 	p.agent = zds.NewClient(zds.ClientConfig{
 		Socket:  cfg.AgentSocket,
 		Starter: p.pods,

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -491,6 +492,11 @@ func (n *node) checkMetrics(t *testing.T) {
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("no %s", want)
+		}
+	}
+	for _, name := range []string{"received", "sent"} { // By the connection that lives.
+		if !regexp.MustCompile(`(?m)^istio_tcp_` + name + `_bytes_total\{.*\} 12\.0$`).MatchString(text) {
+			t.Errorf("12 bytes %s are not counted", name)
 		}
 	}
 }

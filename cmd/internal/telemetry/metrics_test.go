@@ -270,6 +270,55 @@ func TestSeriesOfDeletedWorkloadsGoAway(t *testing.T) {
 	rec.Closed(r)
 }
 
+// TestLiveConnectionsCountWhenScraped: each byte once, however often anybody
+// looks; nothing is asked of the pods between scrapes.
+func TestLiveConnectionsCountWhenScraped(t *testing.T) {
+	pa, pb, _ := golden()
+	m, traffic := NewMetrics(""), NewTraffic(nil)
+	m.Add(traffic)
+	rec, r := traffic.Recorder(), record(pa, pb)
+	asked := 0
+	traffic.OnScrape(func() {
+		asked++
+		rec.Progress(r)
+	})
+	want := func(why string, asks, request, response int) {
+		t.Helper()
+		lines := encode(t, m)
+		if asked != asks || !has(lines, "istio_tcp_received_bytes_total{", fmt.Sprintf("} %d", request)) ||
+			!has(lines, "istio_tcp_sent_bytes_total{", fmt.Sprintf("} %d", response)) {
+			t.Errorf("%s: asked %d times, want %d, or not %d and %d bytes:\n%s", why, asked, asks, request, response, strings.Join(lines, "\n"))
+		}
+	}
+	rec.Opened(r)
+	r.Sent, r.Received = 100, 7
+	want("live", 1, 100, 7)
+	r.Sent = 150
+	want("scraped at once again", 1, 100, 7)
+	traffic.refreshed = time.Time{}
+	want("a second later", 2, 150, 7)
+	r.Received = 8
+	rec.Closed(r)
+	want("closed", 2, 150, 8)
+}
+
+// TestLiveCountSurvivesNewIdentity: the peer has proven another identity than
+// was expected; the series of the first must not count as used for ever.
+func TestLiveCountSurvivesNewIdentity(t *testing.T) {
+	pa, pb, _ := golden()
+	traffic := NewTraffic(nil)
+	rec, r := traffic.Recorder(), record(pa, pb)
+	r.HBONEAddr, r.SrcIdentity, r.DstIdentity = "10.0.0.2:80", pa.Identity, pb.Identity
+	rec.Opened(r)
+	r.DstIdentity = identity.MustParse("spiffe://cluster.local/ns/default/sa/other")
+	rec.Closed(r)
+	for l, s := range traffic.series {
+		if n := s.live.Load(); n != 0 {
+			t.Errorf("%d live connections of %v, want 0", n, l)
+		}
+	}
+}
+
 func TestXDSMetrics(t *testing.T) {
 	m := NewMetrics("")
 	m.XDS(func() xds.Stats {

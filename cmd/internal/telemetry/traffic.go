@@ -23,18 +23,26 @@ const (
 	// keepDeleted is how long the series of a deleted workload stay, so that
 	// they are scraped once more.
 	keepDeleted = 5 * time.Minute
+	// refreshEvery is how often scrapes can ask the pods.
+	refreshEvery = time.Second
 )
 
 // Traffic counts the connections of all pods and writes the access log. It is
 // a prometheus.Collector.
 type Traffic struct {
-	logs      *Logs
+	logs *Logs
+	// refresh makes the pods report what live connections have moved. Nil: nobody does.
+	refresh   func()
 	open      [2]atomic.Int64 // By tunnel.Direction.
 	overflows atomic.Uint64   // Connections whose other side is not told.
 
 	// mu guards the fields below.
 	mu     sync.Mutex
 	series map[labels]*series
+
+	// refreshing guards the fields below.
+	refreshing sync.Mutex
+	refreshed  time.Time
 }
 
 // series are the counters of one set of labels, the flag included.
@@ -53,6 +61,23 @@ type series struct {
 // NewTraffic counts nothing yet. Its access log goes to logs; nil: nowhere.
 func NewTraffic(logs *Logs) *Traffic {
 	return &Traffic{logs: logs, series: map[labels]*series{}}
+}
+
+// OnScrape makes every scrape call refresh first, which calls Pod.Report; not
+// more often than once a second, since it costs the pods' loops and anybody may
+// scrape. Call it before the first scrape.
+func (t *Traffic) OnScrape(refresh func()) { t.refresh = refresh }
+
+func (t *Traffic) refreshNow() {
+	if t.refresh == nil {
+		return
+	}
+	t.refreshing.Lock()
+	defer t.refreshing.Unlock()
+	if time.Since(t.refreshed) >= refreshEvery {
+		t.refresh()
+		t.refreshed = time.Now()
+	}
 }
 
 // seriesFor finds or makes the counters of l, which never fails.
@@ -116,7 +141,10 @@ type Recorder struct {
 	cache   map[cacheKey]*cached
 }
 
-var _ tunnel.Recorder = (*Recorder)(nil)
+var (
+	_ tunnel.Recorder   = (*Recorder)(nil)
+	_ tunnel.Progresser = (*Recorder)(nil)
+)
 
 // cacheKey is all that the labels of a connection depend on.
 type cacheKey struct {
@@ -146,18 +174,33 @@ func (r *Recorder) Opened(rec *tunnel.Record) {
 	s := r.lookup(rec).plain
 	s.opened.Add(1)
 	s.live.Add(1)
+	rec.Slot = s
 	r.traffic.open[rec.Direction].Add(1)
 	if l := r.traffic.logs; l != nil {
 		l.logAccess(slog.LevelDebug, "connection opened", rec, false)
 	}
 }
 
+// Progress implements tunnel.Progresser.
+func (r *Recorder) Progress(rec *tunnel.Record) {
+	if request, response := rec.Untold(); request|response != 0 {
+		r.lookup(rec).plain.moved(request, response)
+	}
+}
+
+func (s *series) moved(request, response uint64) {
+	s.request.Add(request)
+	s.response.Add(response)
+}
+
 // Closed implements tunnel.Recorder.
 func (r *Recorder) Closed(rec *tunnel.Record) {
 	c := r.lookup(rec)
-	c.plain.live.Add(-1)
-	c.plain.request.Add(rec.Request())
-	c.plain.response.Add(rec.Response())
+	c.plain.moved(rec.Untold())
+	// Not c's: the labels may have changed with the identity that the peer proved.
+	if opened, ok := rec.Slot.(*series); ok {
+		opened.live.Add(-1)
+	}
 	s, flag := c.plain, rec.Reason.Flag()
 	if flag != "-" {
 		s = r.flag(c, rec, flag)
@@ -265,6 +308,7 @@ var (
 
 // Collect implements prometheus.Collector.
 func (t *Traffic) Collect(out chan<- prometheus.Metric) {
+	t.refreshNow()
 	t.mu.Lock()
 	all := make(map[labels]*series, len(t.series))
 	for l, s := range t.series {
