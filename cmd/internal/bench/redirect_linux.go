@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"os/exec"
 	"strconv"
 	"strings"
@@ -59,7 +58,7 @@ func capture(server netip.Addr) error {
 		run := func(verb string) ([]byte, error) {
 			cmd := exec.Command(program, append([]string{"-w", "5", "-t", "nat", verb}, strings.Fields(rule)...)...)
 			// The customary place may not be ours to write.
-			cmd.Env = append(os.Environ(), "XTABLES_LOCKFILE=/dev/shm/xtables.lock")
+			cmd.Env = append(cmd.Environ(), "XTABLES_LOCKFILE=/dev/shm/xtables.lock")
 			return cmd.CombinedOutput()
 		}
 		if _, err := run("-C"); err == nil {
