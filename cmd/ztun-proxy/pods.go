@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -121,13 +120,14 @@ func (p *pods) report() {
 // count adds to sum what happened at the pod that somebody may want to know.
 func (s *pod) count(sum map[string]uint64) {
 	stack := s.stack.Stats()
-	pod, _, _ := s.tunnel.Stats()
+	pod, pool, peers := s.tunnel.Stats()
 	for event, n := range map[string]uint64{
 		"bad_header": stack.BadHeader, "malformed": stack.Malformed, "not_tcp": stack.NotTCP,
 		"foreign_source": stack.ForeignSource, "bad_checksum": stack.BadChecksum, "drained": stack.Drained,
 		"forwarded": stack.Forwarded, "stray": stack.Stray, "write_failed": stack.WriteFailed,
 		"limit_connections": stack.LimitConnections + pod.Limited.Load(), "limit_pending": stack.LimitPending,
-		"expired": stack.Expired, "cut": pod.Cut.Load(),
+		"expired": stack.Expired, "cut": pod.Cut.Load(), "icmp_error": stack.ICMP,
+		"limit_tunnels": pool.Limited.Load() + peers.Limited.Load(), "handshake_failed": peers.HandshakeFails.Load(),
 	} {
 		sum[event] += n
 	}
@@ -223,10 +223,13 @@ func drainAll(ctx context.Context, list []zds.PodStatus, log *slog.Logger) {
 // dumpTimeout bounds how long the loops may take to list connections.
 const dumpTimeout = 5 * time.Second
 
-// workloadState is the config dump's view of the pods.
-func workloadState(ctx context.Context, list []zds.PodStatus) (map[string]admin.WorkloadState, error) {
+// workloadState is the config dump's view of the pods. A pod whose loop does
+// not answer is shown without connections: that is when somebody needs the dump.
+func workloadState(ctx context.Context, list []zds.PodStatus, log *slog.Logger) map[string]admin.WorkloadState {
 	ctx, cancel := context.WithTimeout(ctx, dumpTimeout)
 	defer cancel()
+	var mu sync.Mutex
+	var wg sync.WaitGroup
 	out := make(map[string]admin.WorkloadState, len(list))
 	for _, st := range list {
 		w := st.Workload
@@ -234,17 +237,24 @@ func workloadState(ctx context.Context, list []zds.PodStatus) (map[string]admin.
 			State: "Pending",
 			Info:  admin.WorkloadInfo{Name: w.Name, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount},
 		}
-		if s, ok := st.Proxy.(*pod); ok {
-			live, err := s.tunnel.Connections(ctx)
-			if errors.Is(err, tunnel.ErrClosed) {
-				continue
+		wg.Go(func() {
+			if s, ok := st.Proxy.(*pod); ok {
+				live, err := s.tunnel.Connections(ctx)
+				if errors.Is(err, tunnel.ErrClosed) {
+					return
+				}
+				ws.State = "Up"
+				if err == nil {
+					ws.Connections = admin.DumpConnections(live)
+				} else {
+					log.Warn("config dump without the pod's connections", "wl", s.name, "error", err)
+				}
 			}
-			if err != nil {
-				return nil, fmt.Errorf("connections of %s: %w", s.name, err)
-			}
-			ws.State, ws.Connections = "Up", admin.DumpConnections(live)
-		}
-		out[w.UID] = ws
+			mu.Lock()
+			defer mu.Unlock()
+			out[w.UID] = ws
+		})
 	}
-	return out, nil
+	wg.Wait()
+	return out
 }

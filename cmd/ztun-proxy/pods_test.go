@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -10,8 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ztun/ztun/cmd/internal/config"
+	"github.com/ztun/ztun/cmd/internal/telemetry"
 	"github.com/ztun/ztun/cmd/internal/zds"
 	"github.com/ztun/ztun/netstack"
+	"github.com/ztun/ztun/tunnel"
+	"github.com/ztun/ztun/tunnel/certs"
+	"github.com/ztun/ztun/tunnel/hbone"
+	"github.com/ztun/ztun/tunnel/identity"
+	"github.com/ztun/ztun/xds/mesh"
 )
 
 // TestStartClosesWhatItCannotUse: a pod that is refused leaves nothing open.
@@ -57,6 +64,57 @@ func TestKeepaliveIsThatOfTheEnvironment(t *testing.T) {
 	want.Off, want.UserTimeout = true, 90*time.Second
 	if got := keepalive(c); got != want {
 		t.Errorf("%+v became %+v, want %+v", c, got, want)
+	}
+}
+
+type noCertificates struct{}
+
+func (noCertificates) Current(identity.ID) (*certs.Certificate, bool) { return nil, false }
+
+func (noCertificates) Get(context.Context, identity.ID, certs.Priority) (*certs.Certificate, error) {
+	return nil, certs.ErrUnavailable
+}
+
+// TestDumpWithoutThePodThatHangs: it is shown, and the others with their
+// connections.
+func TestDumpWithoutThePodThatHangs(t *testing.T) {
+	engine, err := netstack.New(netstack.Config{Readers: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer engine.Close()
+	shakes := hbone.NewHandshakes(hbone.HandshakesConfig{})
+	defer shakes.Close()
+	log := slog.New(slog.DiscardHandler)
+	p := &pods{
+		engine: engine, traffic: telemetry.NewTraffic(nil), log: log, policyLog: log,
+		running: map[*pod]struct{}{}, ended: map[string]uint64{},
+		config: tunnel.Config{Mesh: mesh.NewStore(mesh.Config{}), Certs: noCertificates{}, Handshakes: shakes},
+	}
+	var list []zds.PodStatus
+	for i, uid := range []string{"hangs", "works"} { // A reader each.
+		fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fds[1])
+		w := zds.Workload{UID: uid, Name: uid, Namespace: "default", ServiceAccount: uid}
+		w.Device = &zds.Device{MTU: 1500, Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)})}}
+		s, err := p.Start(w, zds.Files{Device: os.NewFile(uintptr(fds[0]), uid)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Stop()
+		list = append(list, zds.PodStatus{Workload: w, Proxy: s})
+	}
+	release := make(chan struct{})
+	defer close(release)
+	list[0].Proxy.(*pod).stack.Loop().Post(func() { <-release })
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	got := workloadState(ctx, list, log)
+	if h, w := got["hangs"], got["works"]; len(got) != 2 || h.State != "Up" || h.Connections != nil || w.State != "Up" || w.Connections == nil {
+		t.Errorf("the dump shows %+v", got)
 	}
 }
 

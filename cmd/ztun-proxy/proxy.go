@@ -190,6 +190,10 @@ func (p *proxy) metrics(out *telemetry.Writer) *telemetry.Metrics {
 		"The total number of proxies that were started (unstable).", func() uint64 { return p.agent.Stats().Started })
 	m.Counter("workload_manager_proxies_stopped_total",
 		"The total number of proxies that were stopped (unstable).", func() uint64 { return p.agent.Stats().Stopped })
+	m.Counter("ztun_agent_connections_total",
+		"Connections to the node agent (unstable).", func() uint64 { return p.agent.Stats().Connections })
+	m.Counter("ztun_agent_protocol_errors_total",
+		"Messages of the node agent that broke the protocol (unstable).", func() uint64 { return p.agent.Stats().ProtocolErrors })
 	m.Counter("ztun_log_lines_dropped_total", "Log lines that found the output too slow (unstable).", out.Dropped)
 	m.Counters("ztun_pod_events_total",
 		"What happened at the devices and connections of all pods (unstable).", "event", p.pods.counts)
@@ -198,10 +202,7 @@ func (p *proxy) metrics(out *telemetry.Writer) *telemetry.Metrics {
 
 // dump is the config dump.
 func (p *proxy) dump(ctx context.Context) (any, error) {
-	state, err := workloadState(ctx, p.agent.Pods())
-	if err != nil {
-		return nil, err
-	}
+	state := workloadState(ctx, p.agent.Pods(), p.log)
 	return admin.NewDump(p.cfg.Dump(), versionDump(p.cfg), p.store.Snapshot().Dump(), p.certs.Dump(), state), nil
 }
 

@@ -6,7 +6,9 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
+	"time"
 
 	"github.com/ztun/ztun/cmd/internal/admin"
 	"github.com/ztun/ztun/cmd/internal/telemetry"
@@ -38,6 +40,8 @@ func (p *proxy) serve(out *telemetry.Writer) error {
 
 	p.waitForStop(signals)
 	go exitAtSecond(signals)
+	hung := time.AfterFunc(p.cfg.DrainDeadline+stopGrace, p.exitHung)
+	defer hung.Stop()
 	p.log.Info("shutting down", "deadline", p.cfg.DrainDeadline)
 	stopHTTP()
 	stopAgent()
@@ -122,6 +126,19 @@ func (p *proxy) waitForStop(signals <-chan os.Signal) {
 	case <-p.quit:
 		p.log.Info("told to stop by the admin server")
 	}
+}
+
+// stopGrace is what the end may take beyond the deadline; a pod's grace period
+// is a second longer (config's drain).
+const stopGrace = 4 * time.Second
+
+// exitHung ends a process that cannot end by itself, before it is killed, and
+// says where it hangs.
+func (p *proxy) exitHung() {
+	p.log.Error("the proxy does not end; what it does is on the error output", "deadline", p.cfg.DrainDeadline)
+	stacks := make([]byte, 1<<20)
+	_, _ = os.Stderr.Write(stacks[:runtime.Stack(stacks, true)])
+	os.Exit(1)
 }
 
 // exitAtSecond ends the process at once when somebody presses Ctrl-C again.

@@ -124,8 +124,10 @@ type Agent struct {
 	server   *zds.Server
 	store    *store
 	listener *net.UnixListener
-	turns    chan struct{} // Slots for work in namespaces, which is heavy.
-	icmpOnce sync.Once     // Warns that there will be no ICMP sockets.
+	// Slots for work in namespaces, which is heavy. Detaching may wait long for
+	// sockets, and must not keep others from being attached.
+	attaching, detaching chan struct{}
+	icmpOnce             sync.Once // Warns that there will be no ICMP sockets.
 
 	// mu guards the fields below.
 	mu      sync.Mutex
@@ -158,8 +160,8 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, store: st, listener: l,
-		server:  zds.NewServer(zds.ServerConfig{Log: cfg.Log}),
-		turns:   make(chan struct{}, 4),
+		server:    zds.NewServer(zds.ServerConfig{Log: cfg.Log}),
+		attaching: make(chan struct{}, 4), detaching: make(chan struct{}, 4),
 		workers: map[string]*worker{},
 		changed: make(chan struct{}),
 	}

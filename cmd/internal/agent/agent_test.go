@@ -400,6 +400,22 @@ func TestDeleteWhenNamespaceIsGone(t *testing.T) {
 	n.delete("u")
 }
 
+// TestSlowDetachesDoNotHoldAttachesUp: those that wait for sockets have turns
+// of their own.
+func TestSlowDetachesDoNotHoldAttachesUp(t *testing.T) {
+	n, ns := newNode(t), podNS(t)
+	n.startProxy()
+	for range cap(n.agent.detaching) {
+		n.agent.detaching <- struct{}{}
+	}
+	n.set(podIn(ns, "u"))
+	n.wait("u")
+	for range cap(n.agent.detaching) {
+		<-n.agent.detaching
+	}
+	n.delete("u")
+}
+
 func TestDeleteAndSetAgain(t *testing.T) {
 	n, ns := newNode(t), podNS(t)
 	proxy := n.startProxy()

@@ -158,7 +158,11 @@ func (w *worker) step(ctx context.Context) time.Duration {
 	wanted := w.wanted
 	w.mu.Unlock()
 	var done bool
-	err := w.turn(ctx, func(ctx context.Context) (err error) {
+	slots := w.agent.attaching
+	if wanted == nil {
+		slots = w.agent.detaching
+	}
+	err := w.turn(ctx, slots, func(ctx context.Context) (err error) {
 		if wanted == nil {
 			done, err = w.detach(ctx)
 			return err
@@ -168,12 +172,12 @@ func (w *worker) step(ctx context.Context) time.Duration {
 	if done {
 		return -1
 	}
-	w.note(err)
+	said := w.note(err)
 	if err == nil {
 		w.failures = 0
 		return reopenEvery
 	}
-	if ctx.Err() == nil {
+	if ctx.Err() == nil && !said {
 		w.log.Warn("pod is not where it is wanted; trying on", "error", err)
 	}
 	w.failures = min(w.failures+1, 10)
@@ -181,27 +185,31 @@ func (w *worker) step(ctx context.Context) time.Duration {
 }
 
 // turn runs work when few others do, for a bounded time.
-func (w *worker) turn(ctx context.Context, work func(context.Context) error) error {
+func (w *worker) turn(ctx context.Context, slots chan struct{}, work func(context.Context) error) error {
 	select {
-	case w.agent.turns <- struct{}{}:
+	case slots <- struct{}{}:
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
-	defer func() { <-w.agent.turns }()
+	defer func() { <-slots }()
 	ctx, cancel := context.WithTimeout(ctx, workTimeout)
 	defer cancel()
 	return work(ctx)
 }
 
-// note makes the outcome of a step visible.
-func (w *worker) note(err error) {
-	w.mu.Lock()
-	w.err = ""
+// note makes the outcome of a step visible. It reports whether that of the last
+// one was the same.
+func (w *worker) note(err error) (same bool) {
+	text := ""
 	if err != nil {
-		w.err = err.Error()
+		text = err.Error()
 	}
+	w.mu.Lock()
+	same = w.err == text
+	w.err = text
 	w.mu.Unlock()
 	w.agent.announce()
+	return same
 }
 
 // attach brings the pod, in whatever state it is, to be captured as p says and

@@ -341,28 +341,34 @@ func (c *Client) add(w Workload, files Files) error {
 		}
 		c.stop(w.UID) // Before the new one: a device has one reader.
 	}
-	keep, err := files.dup()
-	if err != nil {
-		files.Close()
-		return err
-	}
 	if err := c.start(w, files); err != nil {
-		c.forgetPending(w.UID)
-		c.setPending(w.UID, pendingPod{workload: w, files: keep, err: err})
 		return fmt.Errorf("failure to start proxy: %w", err)
 	}
-	keep.Close()
 	c.forgetPending(w.UID)
 	return nil
 }
 
+// start starts w, or makes it pending. It owns files.
 func (c *Client) start(w Workload, files Files) error {
-	proxy, err := c.cfg.Starter.Start(w, files)
 	log := c.cfg.Log.With("pod", w.Namespace+"/"+w.Name, "uid", w.UID)
+	keep, err := files.dup()
+	var proxy Proxy
 	if err != nil {
-		log.Warn("pod could not be started; it is tried again", "error", err)
+		keep = files // Not used up: Start was not called.
+	} else {
+		proxy, err = c.cfg.Starter.Start(w, files)
+	}
+	if err != nil {
+		level := slog.LevelWarn
+		if before := c.pending[w.UID].err; before != nil && before.Error() == err.Error() {
+			level = slog.LevelDebug // Said already; it may be tried for hours.
+		}
+		log.Log(context.Background(), level, "pod could not be started; it is tried again", "error", err)
+		c.forgetPending(w.UID)
+		c.setPending(w.UID, pendingPod{workload: w, files: keep, err: err})
 		return err
 	}
+	keep.Close()
 	log.Info("pod is served")
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -416,11 +422,12 @@ func (c *Client) retryPending() {
 	c.retryAt = time.Now().Add(c.retry)
 	for _, uid := range slices.Sorted(maps.Keys(c.pending)) {
 		p := c.pending[uid]
-		c.mu.Lock()
-		delete(c.pending, uid)
-		c.mu.Unlock()
+		files, err := p.files.dup()
+		if err != nil {
+			continue // Out of descriptors: later.
+		}
 		// An error leaves it pending again.
-		_ = c.add(p.workload, p.files)
+		_ = c.add(p.workload, files)
 	}
 	c.tellReady()
 }

@@ -3,6 +3,7 @@ package zds
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"os"
 	"strings"
@@ -294,6 +295,60 @@ func TestClientDropsPending(t *testing.T) {
 		t.Errorf("stats = %+v", s)
 	}
 	_ = p.conn.Close()
+}
+
+// levels counts log lines by level.
+type levels struct {
+	slog.Handler
+	warn, debug int
+}
+
+func (*levels) Enabled(context.Context, slog.Level) bool { return true }
+func (l *levels) WithAttrs([]slog.Attr) slog.Handler     { return l }
+func (l *levels) Handle(_ context.Context, r slog.Record) error {
+	switch r.Level {
+	case slog.LevelWarn:
+		l.warn++
+	case slog.LevelDebug:
+		l.debug++
+	}
+	return nil
+}
+
+// TestClientOutOfDescriptors: a pod that could not even be tried is pending as
+// any other that could not be started, and each reason is told once.
+func TestClientOutOfDescriptors(t *testing.T) {
+	st, log := &starter{}, &levels{}
+	c := NewClient(ClientConfig{Starter: st, Log: slog.New(log)})
+	closed := device(t)
+	_ = closed.Close() // Cannot be duplicated.
+	if err := c.add(fullWorkload("u"), Files{Device: closed}); err == nil {
+		t.Fatal("a pod was started on a closed file")
+	}
+	for range 3 {
+		c.retryPending()
+	}
+	if p := c.Pods(); len(p) != 1 || p[0].Err == nil || p[0].Proxy != nil {
+		t.Fatalf("pods = %+v, want one pending", p)
+	}
+	st.setFail(errors.New("no room"))
+	keep, err := dup(device(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = c.add(fullWorkload("u"), Files{Device: keep})
+	for range 3 {
+		c.retryPending()
+	}
+	if log.warn != 2 || log.debug != 3 {
+		t.Errorf("%d warnings and %d lines at debug for two reasons in five attempts", log.warn, log.debug)
+	}
+	st.setFail(nil)
+	c.retryPending()
+	if p := c.Pods(); len(p) != 1 || p[0].Proxy == nil || c.Stats().Pending != 0 {
+		t.Fatalf("pods = %+v, want one running", p)
+	}
+	c.stop("u")
 }
 
 // TestClientProtocolErrors: each is answered, then the connection ends and a

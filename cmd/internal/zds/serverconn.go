@@ -252,12 +252,20 @@ func (c *serverConn) do(j job, answers <-chan answer) error {
 
 func (c *serverConn) answered(j job, text string) {
 	uid := j.req.workload.UID
-	if text != "" {
-		c.log.Warn("proxy refused", "request", j.req.kind.String(), "uid", uid, "reason", text)
-	}
 	s := c.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if text != "" {
+		level := slog.LevelWarn
+		if j.pod != nil && j.pod.nack == text {
+			level = slog.LevelDebug // Said already; it is asked again and again.
+		}
+		log := c.log
+		if j.pod != nil {
+			log = log.With("pod", j.pod.workload.Namespace+"/"+j.pod.workload.Name)
+		}
+		log.Log(context.Background(), level, "proxy refused", "request", j.req.kind.String(), "uid", uid, "reason", text)
+	}
 	switch j.req.kind {
 	case kindAdd:
 		if s.pods[uid] == j.pod && j.pod.serial == j.serial && j.pod.reader == c.proc {
