@@ -33,7 +33,7 @@ type bench struct {
 	options
 	site     site
 	program  string // This one, as its workers are started.
-	dir      string // What the lab is made of.
+	dir      string // What the lab is made of, as its agents name it.
 	progress io.Writer
 	legs     []*leg
 	agents   map[string]*agent // By where they are.
@@ -50,38 +50,26 @@ const (
 	idleFile  = "idle.yaml"
 )
 
-// startLab writes the directory and starts the lab. The returned function
-// takes both away again.
-func startLab(ctx context.Context, legs []*leg, programs string, progress io.Writer) (_ *lab.Lab, dir string, down func() error, err error) {
-	dir, err = os.MkdirTemp("", "ztun-bench-")
-	if err != nil {
-		return nil, "", nil, fmt.Errorf("bench: %w", err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, worldFile), []byte(world(legs)), 0o644); err != nil {
-		return nil, "", nil, errors.Join(fmt.Errorf("bench: %w", err), os.RemoveAll(dir))
-	}
-	l, err := lab.Start(ctx, lab.Options{
-		Name: fmt.Sprintf("bench-%d", os.Getpid()), Dir: dir, Progress: progress,
+// startLab starts a lab with the pods of legs. It dies with this process, and
+// leaves nothing on the machine's disks.
+func startLab(ctx context.Context, legs []*leg, programs string, progress io.Writer) (*lab.Lab, error) {
+	return lab.Start(ctx, lab.Options{
+		Name: fmt.Sprintf("bench-%d", os.Getpid()), Files: map[string]string{worldFile: world(legs)}, Progress: progress,
 		Program: filepath.Join(programs, "ztun"), Proxy: filepath.Join(programs, "ztun-proxy"),
-		Attached: true, // It dies with this process.
+		Attached: true,
 	})
-	if err != nil {
-		return nil, "", nil, errors.Join(err, os.RemoveAll(dir))
-	}
-	return l, dir, func() error {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 20*time.Second)
-		defer cancel()
-		return errors.Join(l.Down(ctx), os.RemoveAll(dir))
-	}, nil
 }
 
-// prepare starts an agent in every pod and makes sure that every leg works.
-// Legs for which something is missing here are marked.
+// downTimeout bounds how long the lab may take to go.
+const downTimeout = 20 * time.Second
+
+// prepare starts an agent in every pod. Legs for which something is missing here are marked.
 func (b *bench) prepare(ctx context.Context) error {
 	status, err := b.site.Status(ctx)
 	if err != nil {
 		return err
 	}
+	b.dir = status.Dir
 	b.addrs = map[string]netip.Addr{}
 	for _, p := range status.Pods {
 		b.addrs[p.Namespace+"/"+p.Name] = p.Addresses[0]
@@ -112,11 +100,7 @@ func (b *bench) prepare(ctx context.Context) error {
 					return err
 				}
 				l.missing = err.Error()
-				continue
 			}
-		}
-		if err := b.probe(ctx, l); err != nil {
-			return err
 		}
 	}
 	return nil
@@ -175,9 +159,12 @@ const probeTimeout = 45 * time.Second
 func (b *bench) probe(ctx context.Context, l *leg) error {
 	deadline := time.Now().Add(probeTimeout)
 	for {
-		_, err := b.agents[l.client.key()].ask(ctx, order{Do: "requests", Addr: b.server(l), Conns: 1, For: 100 * time.Millisecond}, 2*connectTimeout)
-		if err == nil || ctx.Err() != nil {
+		a, err := b.agents[l.client.key()].ask(ctx, order{Do: "requests", Addr: b.server(l), Conns: 1, For: 100 * time.Millisecond}, 2*connectTimeout)
+		if ctx.Err() != nil || err == nil && a.Load != nil && a.Load.Total > 0 {
 			return err
+		}
+		if err == nil {
+			err = errors.New("bench: no answer")
 		}
 		if time.Now().After(deadline) {
 			return fmt.Errorf("bench: leg %s does not work: %w", l.name, err)
@@ -276,6 +263,15 @@ func (b *bench) restart(ctx context.Context, l *leg) error {
 func (b *bench) run(ctx context.Context, trials []trial) error {
 	var errs []error
 	for round := range b.Rounds {
+		for _, l := range b.legs {
+			if l.missing != "" {
+				continue
+			}
+			// Also wakes what has gone to sleep or moved meanwhile.
+			if err := b.probe(ctx, l); err != nil {
+				return errors.Join(append(errs, err)...)
+			}
+		}
 		for _, t := range trials {
 			if err := b.runTrial(ctx, t, round); err != nil {
 				errs = append(errs, err)

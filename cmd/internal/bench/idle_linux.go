@@ -27,10 +27,15 @@ func (i *idlers) serve() error {
 	if err != nil {
 		return fmt.Errorf("bench: socket: %w", err)
 	}
-	if err := unix.Bind(l, &unix.SockaddrInet4{Port: portIdle}); err != nil {
-		return errors.Join(fmt.Errorf("bench: listen on %d: %w", portIdle, err), unix.Close(l))
+	// The one of the round before has left connections that the kernel remembers.
+	err = unix.SetsockoptInt(l, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
+	if err == nil {
+		err = unix.Bind(l, &unix.SockaddrInet4{Port: portIdle})
 	}
-	if err := unix.Listen(l, 4096); err != nil {
+	if err == nil {
+		err = unix.Listen(l, 4096)
+	}
+	if err != nil {
 		return errors.Join(fmt.Errorf("bench: listen on %d: %w", portIdle, err), unix.Close(l))
 	}
 	for range idleOpeners {

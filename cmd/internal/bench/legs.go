@@ -80,6 +80,10 @@ func idlePods(n int) string {
 	return b.String()
 }
 
+// waitForEnd is what a pod runs: workers are started beside it. sleep alone,
+// as PID 1, would ignore the signal to end.
+const waitForEnd = "trap exit TERM; sleep infinity & wait"
+
 func (p *benchPod) write(b *strings.Builder) {
 	capabilities := ""
 	if p.netAdmin {
@@ -93,6 +97,6 @@ spec:
   nodeName: %[3]s
   serviceAccountName: %[2]s
   containers:
-  - {name: app, command: [sleep, infinity]%[4]s}
-`, p.namespace, p.name, p.node, capabilities)
+  - {name: app, command: [sh, -c, '%[5]s']%[4]s}
+`, p.namespace, p.name, p.node, capabilities, waitForEnd)
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 )
@@ -102,11 +101,15 @@ func idlePodsTrial() trial {
 			return nil, err
 		}
 		file := filepath.Join(b.dir, idleFile)
-		if err := writeWhole(file, []byte(idlePods(b.Pods))); err != nil {
+		write := func(text string) error {
+			_, err := b.agents[meterAt].ask(ctx, order{Do: "write", File: file, Text: text}, connectTimeout)
+			return err
+		}
+		if err := write(idlePods(b.Pods)); err != nil {
 			return nil, err
 		}
 		defer func() {
-			err = errors.Join(err, os.Remove(file))
+			err = errors.Join(err, write(""))
 			if err == nil {
 				err = b.awaitIdlePods(ctx, 0)
 			}
@@ -154,18 +157,6 @@ func (b *bench) awaitIdlePods(ctx context.Context, n int) error {
 			return fmt.Errorf("%w: %d idle pods, %d served, want %d: %s", err, there, served, n, why)
 		}
 	}
-}
-
-// writeWhole writes a file that readers never see in part.
-func writeWhole(path string, content []byte) error {
-	temporary := path + ".new"
-	if err := os.WriteFile(temporary, content, 0o644); err != nil {
-		return fmt.Errorf("bench: %w", err)
-	}
-	if err := os.Rename(temporary, path); err != nil {
-		return fmt.Errorf("bench: %w", err)
-	}
-	return nil
 }
 
 const (

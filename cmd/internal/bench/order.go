@@ -30,6 +30,8 @@ type order struct {
 	Warm  time.Duration  `json:"warm,omitzero"`  // requests: before they count.
 	For   time.Duration  `json:"for,omitzero"`   // requests: while they count.
 	PIDs  []int          `json:"pids,omitzero"`  // usage: of whom.
+	File  string         `json:"file,omitzero"`  // write: where.
+	Text  string         `json:"text,omitzero"`  // write: what. Empty: the file goes.
 	// Machine asks usage for Memory too.
 	Machine bool `json:"machine,omitzero"`
 }
@@ -129,6 +131,31 @@ func (w *worker) do(o order) (answer, error) {
 		return answer{}, redirect(o.Addr.Addr())
 	case "usage":
 		return measureUsage(o)
+	case "write":
+		return answer{}, write(o.File, o.Text)
 	}
 	return answer{}, fmt.Errorf("bench: unknown order %q", o.Do)
+}
+
+// write puts text into a file, whole, or takes the file away.
+func write(file, text string) error {
+	if text == "" {
+		if err := os.Remove(file); err != nil {
+			return fmt.Errorf("bench: %w", err)
+		}
+		return nil
+	}
+	return writeWhole(file, []byte(text))
+}
+
+// writeWhole writes a file that readers never see in part.
+func writeWhole(path string, content []byte) error {
+	temporary := path + ".new"
+	if err := os.WriteFile(temporary, content, 0o644); err != nil {
+		return fmt.Errorf("bench: %w", err)
+	}
+	if err := os.Rename(temporary, path); err != nil {
+		return fmt.Errorf("bench: %w", err)
+	}
+	return nil
 }

@@ -13,6 +13,8 @@ type trial struct {
 	rows []row
 	// measure returns values by row.
 	measure func(ctx context.Context, b *bench, l *leg) (map[string]float64, error)
+	// load trials are worth a profile; the others kill proxies.
+	load bool
 	// only is the leg that it makes sense for. Empty: all.
 	only string
 	// adjust changes the values of a round, by leg and row, once all legs
@@ -85,7 +87,7 @@ func streamTrial(name string, n int, down bool) trial {
 		}
 		return map[string]float64{name: float64(to.Bytes-from.Bytes) * 8 / float64(to.Clock-from.Clock)}, nil
 	}
-	return trial{rows: []row{{name: name, unit: "Gbit/s"}}, measure: measure}
+	return trial{rows: []row{{name: name, unit: "Gbit/s"}}, load: true, measure: measure}
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
@@ -116,7 +118,7 @@ func (b *bench) requests(ctx context.Context, l *leg, o order) (*load, error) {
 
 // requestTrial measures requests at full speed.
 func requestTrial(name string, o order) trial {
-	return trial{rows: []row{{name: name, unit: "1/s"}}, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
+	return trial{rows: []row{{name: name, unit: "1/s"}}, load: true, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
 		got, err := b.requests(ctx, l, o)
 		if err != nil {
 			return nil, err
@@ -132,7 +134,7 @@ const pacedRate = 2000
 func pacedTrial() trial {
 	const cpu, p50, p99 = "cpu-per-request", "p50", "p99"
 	rows := []row{{name: cpu, unit: "us", alone: true}, {name: p50, unit: "us"}, {name: p99, unit: "us"}}
-	return trial{rows: rows, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
+	return trial{rows: rows, load: true, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
 		pids, err := b.pids(ctx, l)
 		if err != nil {
 			return nil, err
