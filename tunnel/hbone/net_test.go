@@ -198,6 +198,11 @@ func target() hbone.Target {
 
 // connect starts n Connects at once.
 func (b *bench) connect(n int, to hbone.Target) []*call {
+	return b.connectAnd(n, to, func([]*call) {})
+}
+
+// connectAnd is connect followed by then, before anything else happens.
+func (b *bench) connectAnd(n int, to hbone.Target, then func([]*call)) []*call {
 	calls := make([]*call, n)
 	b.loop.Do(func() {
 		for i := range calls {
@@ -213,6 +218,7 @@ func (b *bench) connect(n int, to hbone.Target) []*call {
 				b.t.Error("answered before Connect has returned")
 			}
 		}
+		then(calls)
 	})
 	return calls
 }

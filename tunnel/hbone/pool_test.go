@@ -226,8 +226,7 @@ func TestPoolTellsWhyThePeerRefused(t *testing.T) {
 
 func TestPoolCancelOfOneLeavesTheOthers(t *testing.T) {
 	inBubble(t, nil, func(t *testing.T, b *bench) {
-		calls := b.connect(3, target())
-		b.loop.Do(calls[1].cancel)
+		calls := b.connectAnd(3, target(), func(calls []*call) { calls[1].cancel() })
 		synctest.Wait()
 		if calls[1].done {
 			t.Error("the cancelled call was answered")
