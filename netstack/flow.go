@@ -94,7 +94,8 @@ func (f *Flow) establish() {
 	f.inline = true
 	f.ep.SocketOptions().SetDelayOption(false)
 	setKeepalive(f.ep, &f.stack.reader.engine.cfg.Keepalive)
-	// The proxy reads no ICMP: a path that drops large packets must fragment them.
+	// Also where ICMP is read (StackConfig.ICMP): not every router sends it, and
+	// a path that takes smaller packets may cut these.
 	f.ep.SetSockOptInt(tcpip.MTUDiscoverOption, int(tcpip.PMTUDiscoveryDont))
 	f.resize()
 }

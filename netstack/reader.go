@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"errors"
 	"fmt"
 	"runtime"
 	"sync"
@@ -110,20 +111,20 @@ func (r *reader) run() {
 	}
 }
 
-// add starts to read s. It runs on the loop.
+// add starts to read s. It runs on the loop; after an error s is not known.
 func (r *reader) add(s *Stack) error {
-	if err := s.listen(); err != nil {
-		r.pods.Add(-1)
-		return err
-	}
-	s.drain()
-	if err := r.watch(s.dev.FD()); err != nil {
-		r.pods.Add(-1)
-		return err
-	}
-	r.watched[s.dev.FD()] = s
 	r.stacks[s] = struct{}{}
-	return s.watchICMP()
+	err := s.listen()
+	if err == nil {
+		s.drain()
+		r.watched[s.dev.FD()] = s
+		err = errors.Join(r.watch(s.dev.FD()), s.watchICMP())
+	}
+	if err != nil {
+		s.unwatchICMP()
+		r.remove(s)
+	}
+	return err
 }
 
 // remove forgets s. It runs on the loop.
