@@ -23,6 +23,7 @@ type options struct {
 	Rows    *regexp.Regexp
 	Legs    *regexp.Regexp
 	Window  time.Duration // How long one measurement lasts.
+	Settle  time.Duration // How long memory may take to settle.
 	Conns   int           // Idle connections.
 	Pods    int           // Idle pods.
 	Profile string        // Directory for CPU profiles; empty: none.

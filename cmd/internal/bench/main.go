@@ -62,7 +62,7 @@ type commandLine struct {
 }
 
 func parse(args []string, errors io.Writer) (commandLine, error) {
-	var c commandLine
+	c := commandLine{options: options{Settle: 8 * time.Second}}
 	var rows, legs string
 	var seconds float64
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)

@@ -162,7 +162,6 @@ func (b *bench) awaitIdlePods(ctx context.Context, n int) error {
 const (
 	settleEvery = 200 * time.Millisecond
 	settleCalm  = 5 // Readings in a row that must be alike.
-	settleMax   = 8 * time.Second
 )
 
 // settle returns a reading once memory has stopped to change, or a mean of
@@ -177,7 +176,7 @@ func (b *bench) settle(ctx context.Context, pids []int) (reading, error) {
 		if last = append(last, r); len(last) > settleCalm {
 			last = last[1:]
 		}
-		if len(last) == settleCalm && alike(last) || time.Since(began) > settleMax {
+		if len(last) == settleCalm && alike(last) || time.Since(began) > b.Settle {
 			return mean(last), nil
 		}
 		if err := sleep(ctx, settleEvery); err != nil {

@@ -14,7 +14,8 @@ import (
 const (
 	// connectTimeout bounds how long a connection may take to come up.
 	connectTimeout = 10 * time.Second
-	// drainTimeout is how long paced requests may stay unanswered at the end.
+	// drainTimeout is how long paced requests may stay unanswered at the end,
+	// but no longer than they were sent.
 	drainTimeout = 3 * time.Second
 	// maxConns and maxWindow bound an order.
 	maxConns  = 20_000
@@ -251,7 +252,7 @@ func (d *driver) begin(c *conn, due time.Duration) error {
 
 // drained says that nothing is left to wait for.
 func (d *driver) drained() bool {
-	return d.now() > d.end+drainTimeout || len(d.due) == 0 && len(d.free) == len(d.conns)
+	return d.now() > d.end+min(drainTimeout, d.end) || len(d.due) == 0 && len(d.free) == len(d.conns)
 }
 
 // giveUp counts what is still unanswered of paced requests with the time that

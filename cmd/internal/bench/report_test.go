@@ -1,0 +1,105 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// sample is a report with all that can happen in one.
+func sample() *report {
+	f := newFigures(2)
+	for round, direct := range []float64{20, 10} {
+		f.set("stream-1-up", legDirect, round, direct)
+		f.set("stream-1-up", legPlain, round, direct/4)
+		f.set("stream-1-up", legHBONE, round, direct/5)
+		f.set("rss", legHBONE, round, 40.25)
+	}
+	legs := allLegs()
+	legs[1].missing = "iptables is not there"
+	return &report{
+		head:    []string{"head"},
+		rows:    []row{{name: "stream-1-up", unit: "Gbit/s"}, {name: "rss", unit: "MiB", alone: true}},
+		legs:    legs,
+		figures: f,
+	}
+}
+
+func TestMarkdown(t *testing.T) {
+	want := `head
+
+| row | unit | direct | kernel-redirect | ztun-plain | ztun-hbone |
+|---|---|---|---|---|---|
+| stream-1-up | Gbit/s | 15.0 (10.0 to 20.0) | n/a | 3.75 (2.50 to 5.00) x0.25 | 3.00 (2.00 to 4.00) x0.20 |
+| rss | MiB | n/a | n/a | n/a | 40.2 (40.2 to 40.2) |
+
+Median (least to greatest of the rounds), x ratio to direct in the same round.
+
+kernel-redirect is n/a: iptables is not there
+
+Floors, as ratio to direct:
+- ztun-hbone stream-1-up: 0.20, asked 0.18: reached
+- ztun-plain stream-1-up: 0.25, asked 0.35: MISSED
+`
+	var got strings.Builder
+	sample().markdown(&got)
+	if diff := cmp.Diff(want, got.String()); diff != "" {
+		t.Errorf("markdown (-want +got):\n%s", diff)
+	}
+}
+
+func TestJSON(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "bench.json")
+	if err := sample().writeJSON(path); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []map[string]any
+	if err := json.Unmarshal(text, &got); err != nil {
+		t.Fatal(err)
+	}
+	want := []map[string]any{
+		{"row": "stream-1-up", "leg": "direct", "unit": "Gbit/s", "median": 15.0, "min": 10.0, "max": 20.0, "to_direct": 1.0},
+		{"row": "stream-1-up", "leg": "ztun-plain", "unit": "Gbit/s", "median": 3.75, "min": 2.5, "max": 5.0, "to_direct": 0.25},
+		{"row": "stream-1-up", "leg": "ztun-hbone", "unit": "Gbit/s", "median": 3.0, "min": 2.0, "max": 4.0, "to_direct": 0.2},
+		{"row": "rss", "leg": "ztun-hbone", "unit": "MiB", "median": 40.25, "min": 40.25, "max": 40.25, "to_direct": nil},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("bench.json (-want +got):\n%s", diff)
+	}
+}
+
+func TestNumber(t *testing.T) {
+	for v, want := range map[float64]string{0.123: "0.12", 9.994: "9.99", 12.34: "12.3", 123.4: "123", 31234.5: "31234", -33010: "-33010"} {
+		if got := number(v); got != want {
+			t.Errorf("number(%v) = %s, want %s", v, got, want)
+		}
+	}
+}
+
+func TestFloorsNameRowsAndLegs(t *testing.T) {
+	rows, legs := map[string]bool{}, map[string]bool{}
+	for _, trial := range allTrials() {
+		for _, r := range trial.rows {
+			if rows[r.name] {
+				t.Errorf("two rows are called %s", r.name)
+			}
+			rows[r.name] = true
+		}
+	}
+	for _, l := range allLegs() {
+		legs[l.name] = true
+	}
+	for _, f := range floors {
+		if !rows[f.row] || !legs[f.leg] {
+			t.Errorf("floor of %s, %s: there is no such place", f.row, f.leg)
+		}
+	}
+}
