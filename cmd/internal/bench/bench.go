@@ -269,8 +269,9 @@ func (b *bench) run(ctx context.Context, trials []trial) error {
 				continue
 			}
 			// Also wakes what has gone to sleep or moved meanwhile.
-			if err := b.probe(ctx, l); err != nil {
-				return errors.Join(append(errs, err)...)
+			err := b.probe(ctx, l)
+			if l.broken = err != nil; l.broken {
+				errs = append(errs, fmt.Errorf("round %d: %w", round+1, err))
 			}
 		}
 		for _, t := range trials {
@@ -292,7 +293,7 @@ func (b *bench) runTrial(ctx context.Context, t trial, round int) error {
 	values := map[string]map[string]float64{}
 	for i := range b.legs {
 		l := b.legs[(i+round)%len(b.legs)]
-		if l.missing != "" || t.skips(l) {
+		if l.missing != "" || l.broken || t.skips(l) {
 			continue
 		}
 		stop := b.profile(ctx, t, l, round)

@@ -14,6 +14,8 @@ type leg struct {
 	proxies []string
 	// missing says why the leg cannot be measured here; empty: it can.
 	missing string
+	// broken says that it does not work in this round.
+	broken bool
 }
 
 // redirector is the bench's own proxy, which the lab does not know.
