@@ -48,6 +48,8 @@ const TunnelPort = 15008
 // Config configures an Engine.
 type Config struct {
 	// Readers is the number of reader threads. Default: GOMAXPROCS-2, at least 1.
+	// GOMAXPROCS has to be at least Readers+2: a reader that waits briefly does
+	// so without telling the scheduler, and keeps its processor.
 	Readers int
 	// Memory bounds the buffers that all flows together may come to hold, in
 	// bytes; capacity counts, not use. Default 4 GiB.
@@ -163,6 +165,9 @@ func New(cfg Config) (*Engine, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	e := &Engine{cfg: cfg, log: cfg.Log}
+	if procs := runtime.GOMAXPROCS(0); procs < cfg.Readers+2 {
+		e.log.Warn("too few processors for the readers: other goroutines will have to wait", "GOMAXPROCS", procs, "readers", cfg.Readers)
+	}
 	for i := range cfg.Readers {
 		r, err := newReader(e, i)
 		if err != nil {

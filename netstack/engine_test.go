@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/netip"
+	"runtime"
 	"sync"
 	"syscall"
 	"testing"
@@ -19,7 +20,10 @@ import (
 	"github.com/ztun/ztun/tunnel/splice"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), 4)) // two readers and two more
+	goleak.VerifyTestMain(m)
+}
 
 const patience = 10 * time.Second
 

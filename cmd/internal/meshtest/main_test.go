@@ -92,6 +92,13 @@ func newTwo(t *testing.T) *two {
 	return w
 }
 
+// explain tells of the connections that did not end well, if the test failed.
+func (w *two) explain() {
+	if w.T.Failed() {
+		w.T.Logf("na:\n%snb:\n%s", w.na.Records, w.nb.Records)
+	}
+}
+
 func addr(a netip.Addr, port uint16) string { return netip.AddrPortFrom(a, port).String() }
 
 func TestOutboundToServiceAndPod(t *testing.T) {

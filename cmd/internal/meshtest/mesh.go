@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"runtime"
 	"sync"
 	"testing"
 
@@ -75,6 +76,8 @@ func (m *Mesh) Node(name string) *Node {
 
 func (n *Node) start() {
 	n.mesh.T.Helper()
+	// One reader a node, and two processors more, as netstack.Config asks.
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), len(n.mesh.nodes)+1+2))
 	var err error
 	if n.engine, err = netstack.New(netstack.Config{Readers: 1}); err != nil {
 		n.mesh.T.Fatal(err)
@@ -392,7 +395,7 @@ func (r *Records) Counts() (opened, closed int) {
 	return r.opened, len(r.closed)
 }
 
-// String is for a failing test.
+// String lists what did not end well, for a failing test.
 func (r *Records) String() string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -400,6 +403,9 @@ func (r *Records) String() string {
 	for _, list := range [][]tunnel.Record{r.closed, r.failed} {
 		for i := range list {
 			rec := &list[i]
+			if rec.Reason == tunnel.OK {
+				continue
+			}
 			s += fmt.Sprintf("%v %v -> %v %s sent=%d received=%d reason=%v %s\n", rec.Direction, rec.Src, rec.Dst, rec.HBONEAddr, rec.Sent, rec.Received, rec.Reason, rec.Error())
 		}
 	}

@@ -190,11 +190,7 @@ func TestThousandStreamsAtOnce(t *testing.T) {
 	w := newTwo(t)
 	w.server.serve(t, ":8080", func(c net.Conn) { defer c.Close(); io.Copy(c, c) })
 	const n = 1000
-	defer func() {
-		if t.Failed() {
-			t.Logf("na:\n%snb:\n%s", w.na.Records, w.nb.Records)
-		}
-	}()
+	defer w.explain()
 	conns := make([]*net.TCPConn, n)
 	for i := range conns {
 		conns[i] = dial(t, w.client, addr(w.server.Addr, 8080))
@@ -218,6 +214,7 @@ func TestThousandStreamsAtOnce(t *testing.T) {
 
 func TestTenThousandConnectionsLeaveNothing(t *testing.T) {
 	w := newTwo(t)
+	defer w.explain()
 	w.server.serve(t, ":8080", func(c net.Conn) {
 		defer c.Close()
 		// Hidden from splice(2), whose pipes live until the next collection.
