@@ -58,8 +58,13 @@ func (s *streams) serve(l net.Listener) {
 	}
 }
 
-// blocking turns a connection into a file that blocks.
+// blocking turns a connection into a file that blocks, without the no-delay
+// that Go sets and programs that send in bulk do not: it would cut a small
+// segment off the end of each write.
 func blocking(c net.Conn) (*os.File, error) {
+	if err := c.(*net.TCPConn).SetNoDelay(false); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
 	f, err := c.(*net.TCPConn).File()
 	return f, errors.Join(err, c.Close())
 }
