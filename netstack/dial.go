@@ -57,30 +57,62 @@ func (s *Stack) Dial(src, dst netip.AddrPort, timeout time.Duration, done func(s
 	return d.cancel
 }
 
+// bindTries bounds how often a free port is asked for again.
+const bindTries = 8
+
 // open makes and binds the endpoint, and completes the flow's key.
 func (f *Flow) open(src, dst netip.AddrPort) error {
+	for range bindTries {
+		own, err := f.bind(src, dst)
+		if err != nil {
+			return err
+		}
+		f.key = tupleOf(dst, own)
+		old := f.stack.flows[f.key]
+		if old == nil {
+			return nil
+		}
+		// gVisor gives a port back as soon as its connection is over, which we
+		// may not have been told yet.
+		if old.isOver() {
+			old.drop()
+			return nil
+		}
+		f.ep.Close()
+		if src.Port() != 0 {
+			break
+		}
+	}
+	return syscall.EADDRINUSE
+}
+
+// bind makes the endpoint and returns the address that it was bound to.
+func (f *Flow) bind(src, dst netip.AddrPort) (own netip.AddrPort, _ error) {
 	ep, err := f.stack.gv.NewEndpoint(tcp.ProtocolNumber, networkProtocol(dst.Addr()), &f.wq)
 	if err != nil {
-		return flowError("dial", err)
+		return own, flowError("dial", err)
 	}
 	f.ep = ep.(*tcp.Endpoint)
 	// One client may talk to two ports of the pod from one port of its own.
 	f.ep.SocketOptions().SetReuseAddress(src.Port() != 0)
-	if err := f.ep.Bind(fullAddress(src)); err != nil {
-		f.ep.Close()
-		return flowError("bind", err)
+	err = f.ep.Bind(fullAddress(src))
+	if err == nil {
+		var local tcpip.FullAddress
+		if local, err = f.ep.GetLocalAddress(); err == nil {
+			return netip.AddrPortFrom(src.Addr(), local.Port), nil
+		}
 	}
-	own, err := f.ep.GetLocalAddress()
-	if err != nil {
-		f.ep.Close()
-		return flowError("bind", err)
+	f.ep.Close()
+	return own, flowError("bind", err)
+}
+
+// isOver says that the endpoint sends and receives nothing any more.
+func (f *Flow) isOver() bool {
+	switch f.ep.EndpointState() {
+	case tcp.StateClose, tcp.StateError, tcp.StateTimeWait:
+		return true
 	}
-	f.key = tupleOf(dst, netip.AddrPortFrom(src.Addr(), own.Port))
-	if f.stack.flows[f.key] != nil {
-		f.ep.Close()
-		return syscall.EADDRINUSE
-	}
-	return nil
+	return false
 }
 
 // progress looks at the endpoint after it changed.

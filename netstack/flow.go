@@ -113,11 +113,12 @@ func (f *Flow) pastEnd(p *packet) bool {
 	if !p.isSYN() || f.connect != nil {
 		return false
 	}
+	if f.locked {
+		// What ends the connection may be in this very batch.
+		f.stack.finishBatch()
+	}
 	switch f.ep.EndpointState() {
 	case tcp.StateTimeWait:
-		if f.locked {
-			f.stack.finishBatch()
-		}
 		timeWaitTimerExpired(f.ep)
 	case tcp.StateClose, tcp.StateError:
 	default:

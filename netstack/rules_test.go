@@ -340,3 +340,32 @@ func TestBulkLeavesTurnsToOthers(t *testing.T) {
 	stop.Store(true)
 	wg.Wait()
 }
+
+// A port that gVisor gave back is free, even if the table still has the flow
+// that had it: once in some ten thousand dials the two disagreed.
+func TestDialTakesAPortWhoseFlowIsOver(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	on(r.kernel, r.onPod, func(h *hooks) { h.tcp = acceptEcho })
+	app := netip.AddrPortFrom(pod, 80)
+	first, err := dialOn(t, r.proxy, client, app, patience)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Write([]byte("x"))
+	if _, err := first.Read(make([]byte, 1)); err != nil {
+		t.Fatal(err)
+	}
+	again := make(chan dialled, 1)
+	do(r.proxy.Loop(), func() int {
+		f := first.end.(*Flow)
+		f.ep.Abort() // over, and nothing on the loop has heard of it
+		if r.proxy.flows[f.key] != f {
+			t.Error("the flow has left the table: the test shows nothing")
+		}
+		r.proxy.Dial(client, app, patience, func(e splice.End, err error) { again <- dialled{e, err} })
+		return 0
+	})
+	if d := <-again; d.err != nil {
+		t.Errorf("dial: %v", d.err)
+	}
+}
