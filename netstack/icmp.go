@@ -119,8 +119,7 @@ func (s *Stack) deliverError(b []byte, proto tcpip.NetworkProtocolNumber, quote 
 	if !ok || s.flows[key.reverse()] == nil {
 		return
 	}
-	// HandleError takes the endpoint's lock: none may be held.
-	s.finishBatch()
+	// HandleError takes the endpoint's lock. None is held: this runs between batches.
 	pkt := stack.NewPacketBuffer(stack.PacketBufferOptions{Payload: buffer.MakeWithData(b)})
 	s.link.vouched.Store(false)
 	s.link.dispatcher.DeliverNetworkPacket(proto, pkt)

@@ -2,10 +2,12 @@ package netstack
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net/netip"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -13,6 +15,7 @@ import (
 	"time"
 
 	"github.com/ztun/ztun/tun"
+	"github.com/ztun/ztun/tun/tuntest"
 	"github.com/ztun/ztun/tunnel/splice"
 )
 
@@ -67,9 +70,8 @@ func pingPong(c *call, stop *atomic.Bool) error {
 	return nil
 }
 
-// rule 1: a reader that never blocks long, and one that sleeps, let the
-// garbage collector stop the world. Without preemptionPoint a collection took
-// 4-60 s.
+// rule 1: a busy reader and one that sleeps let the garbage collector stop the
+// world. A loop of nothing but raw waits held it up for 4-60 s.
 func TestReadersDoNotHoldUpTheCollector(t *testing.T) {
 	r := newRig(t, StackConfig{})
 	on(r.proxy, r.onProxy, func(h *hooks) { h.tcp = acceptEcho })
@@ -112,6 +114,14 @@ func TestICMPAmongSegmentsDoesNotDeadlock(t *testing.T) {
 	}
 	quoted := segment(service, src, flagACK, 1, 1, nil)[:28]
 	icmp := appendUnreachable(nil, netip.MustParseAddr("10.0.0.254"), service.Addr(), false, quoted)
+	// Fragmentation needed, with ever smaller MTUs: for each gVisor takes the lock.
+	tooBig := func(mtu uint16) []byte {
+		e := icmp[ipv4HeaderMin:]
+		e[1], e[2], e[3] = 4, 0, 0
+		binary.BigEndian.PutUint16(e[6:], mtu)
+		binary.BigEndian.PutUint16(e[2:], ^fold(sum(e, 0)))
+		return icmp
+	}
 	fragment := segment(src, service, flagACK, 1, 1, make([]byte, 64))
 	fragment[6] |= 0x20 // more fragments
 	h := fragment[:20]
@@ -119,10 +129,10 @@ func TestICMPAmongSegmentsDoesNotDeadlock(t *testing.T) {
 	s := ^fold(sum(h, 0))
 	h[10], h[11] = byte(s>>8), byte(s)
 	msg := bytes.Repeat([]byte("x"), 4096)
-	for range 300 {
+	for i := range 300 {
 		do(c.loop, func() int {
 			c.end.Write(msg[:2048])
-			r.kernel.dev.Write(tun.Header{}, icmp)
+			r.kernel.dev.Write(tun.Header{}, tooBig(1400-uint16(i)))
 			r.kernel.dev.Write(tun.Header{}, fragment)
 			c.end.Write(msg[2048:])
 			return 0
@@ -297,6 +307,62 @@ func TestCloseResetsEverything(t *testing.T) {
 	r.proxy.Close()
 	if _, err := app.Read(make([]byte, 1)); !errors.Is(err, splice.ErrReset) {
 		t.Errorf("read: %v, want a reset", err)
+	}
+}
+
+// rule 9: a device's turn ends after so many packets or bytes, so that other
+// pods of the reader have theirs.
+func TestTurnsAreShort(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		packets, size int
+		most          int // of one device before the other's first
+	}{
+		{"packets", 200, 10, 32},
+		{"bytes", 20, 60_000, 5},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			e, err := New(Config{Readers: 1})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer e.Close()
+			var order []int // Owned by the loop.
+			var loop splice.Loop
+			var devs []*tun.Device
+			for i := range 2 {
+				a, b := tuntest.Pair(t, tun.Options{})
+				h := &hooks{t: t, udp: func(*Datagram) { order = append(order, i) }}
+				s, err := e.Add(a, StackConfig{Addrs: []netip.Addr{pod}, CaptureDNS: true}, h.serve)
+				if err != nil {
+					t.Fatal(err)
+				}
+				loop, devs = s.Loop(), append(devs, b)
+			}
+			// Both devices fill while the reader is kept busy.
+			q := appendUDP(nil, podPort, netip.MustParseAddrPort("10.96.0.2:53"), make([]byte, c.size))
+			do(loop, func() int {
+				for range c.packets {
+					for _, d := range devs {
+						if err := d.Write(tun.Header{}, q); err != nil {
+							t.Error(err)
+						}
+					}
+				}
+				return 0
+			})
+			deadline := time.Now().Add(patience)
+			for do(loop, func() int { return len(order) }) < 2*c.packets && time.Now().Before(deadline) {
+				runtime.Gosched()
+			}
+			do(loop, func() int {
+				first := slices.IndexFunc(order, func(i int) bool { return i != order[0] })
+				if len(order) < 2*c.packets || first > c.most {
+					t.Errorf("%d handled; the second device's turn came after %d, want at most %d", len(order), first, c.most)
+				}
+				return 0
+			})
+		})
 	}
 }
 
