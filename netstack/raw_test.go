@@ -86,6 +86,8 @@ func (r *rawRig) sync() {
 			return n > 0
 		})
 		if !pending {
+			// What the last batch queued runs behind what was posted with it.
+			do(r.stack.Loop(), func() int { return 0 })
 			return
 		}
 		if time.Now().After(deadline) {
