@@ -21,6 +21,8 @@ type forwarded struct {
 }
 
 type forwardedFlow struct {
+	older           bool // established before the pod was attached
+	answered        bool // the pod has sent a segment of it
 	finApp, finPeer bool
 	ended           time.Time // both FINs seen, or a RST
 }
@@ -28,7 +30,7 @@ type forwardedFlow struct {
 func (b *forwarded) init(older []Tuple) {
 	b.flows = make(map[tuple]*forwardedFlow, len(older))
 	for _, t := range older {
-		b.flows[tupleOf(t.Local, t.Remote)] = &forwardedFlow{}
+		b.flows[tupleOf(t.Local, t.Remote)] = &forwardedFlow{older: true}
 	}
 }
 
@@ -75,28 +77,38 @@ func (b *forwarded) bypasses(s *Stack, p *packet) bool {
 	return s.cfg.BypassInbound || s.cfg.IsProbe != nil && s.cfg.IsProbe(p.tuple.source(), p.tuple.destination())
 }
 
+// learn remembers a flow, or returns nil when there is no room for it.
 func (b *forwarded) learn(key tuple) *forwardedFlow {
-	if len(b.flows) >= maxBypass {
-		b.prune()
-		if len(b.flows) >= maxBypass {
-			return nil
-		}
+	if len(b.flows) >= maxBypass && !b.evict() {
+		return nil
 	}
 	f := &forwardedFlow{}
 	b.flows[key] = f
 	return f
 }
 
-// prune forgets flows that ended.
-func (b *forwarded) prune() {
+// evictTries bounds the work that one packet makes while the table is full.
+const evictTries = 64
+
+// evict makes room: a flow that ended goes, or one that the pod never answered,
+// so that SYNs from addresses that do not exist keep nobody out. Which one is
+// left to the map's random order.
+func (b *forwarded) evict() bool {
+	tries := 0
 	for k, f := range b.flows {
-		if !f.ended.IsZero() && time.Since(f.ended) > linger {
+		if !f.older && (!f.answered || !f.ended.IsZero()) {
 			delete(b.flows, k)
+			return true
+		}
+		if tries++; tries == evictTries {
+			break
 		}
 	}
+	return false
 }
 
 func (f *forwardedFlow) follow(p *packet, fromPod bool) {
+	f.answered = f.answered || fromPod
 	if p.flags&flagFIN != 0 {
 		if fromPod {
 			f.finApp = true

@@ -118,3 +118,26 @@ func TestSuperSegmentIsForwardedWhole(t *testing.T) {
 		t.Errorf("got %d bytes with %+v, want %d with %+v", len(got), gh, len(b), h)
 	}
 }
+
+// Spoofed SYNs, which nobody answers, fill the table of bypassed flows; the
+// next connection gets its place all the same, and older flows keep theirs.
+func TestFloodOfBypassedSYNsKeepsNobodyOut(t *testing.T) {
+	r := newRawRig(t, StackConfig{BypassInbound: true, Older: []Tuple{old}})
+	do(r.stack.Loop(), func() int {
+		for i := range maxBypass + 100 {
+			src := netip.AddrFrom4([4]byte{172, byte(i >> 16), byte(i >> 8), byte(i)})
+			r.stack.bypass.learn(tupleOf(netip.AddrPortFrom(pod, 80), netip.AddrPortFrom(src, 9)))
+		}
+		if n := len(r.stack.bypass.flows); n > maxBypass {
+			t.Errorf("%d flows are remembered, at most %d", n, maxBypass)
+		}
+		return 0
+	})
+	server := netip.AddrPortFrom(pod, 80)
+	if !r.passes(segment(client, server, flagSYN, 1, 0, nil)) || !r.passes(segment(server, client, flagSYN|flagACK, 1, 2, nil)) {
+		t.Error("a connection was kept out")
+	}
+	if !r.passes(segment(old.Local, old.Remote, flagACK, 1, 1, []byte("plain"))) {
+		t.Error("an older flow was forgotten")
+	}
+}

@@ -463,3 +463,12 @@ func TestNoSYNIsAnsweredAfterStopAccepting(t *testing.T) {
 		t.Errorf("read %q, %v", b[:n], err)
 	}
 }
+
+func TestSYNThatHoldsMuchIsDropped(t *testing.T) {
+	r := newRawRig(t, StackConfig{})
+	r.write(tun.Header{}, segment(podPort, service, flagSYN, 1, 0, make([]byte, 60_000)))
+	r.sync()
+	if s := r.stack.Stats(); s.Malformed != 1 || s.Pending != 0 {
+		t.Errorf("malformed %d, pending %d, want 1 and 0", s.Malformed, s.Pending)
+	}
+}

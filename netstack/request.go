@@ -41,6 +41,10 @@ func (r *Request) Dst() netip.AddrPort { return r.key.destination() }
 // Inbound says that the connection comes to the pod, in plaintext.
 func (r *Request) Inbound() bool { return r.in }
 
+// maxSYNData is the data that a SYN may carry, in bytes: a SYN is held until it
+// is answered, and must not hold a super-segment with it.
+const maxSYNData = 1500
+
 // handleSegment is gVisor's question what to do with a segment of no known
 // endpoint. It runs on the reader, within a batch: a SYN is only noted here.
 // Whatever else is stray gets a RST from gVisor: after a crash of the proxy
@@ -54,6 +58,10 @@ func (s *Stack) handleSegment(id stack.TransportEndpointID, pkt *stack.PacketBuf
 	key := tupleOf(addrPortOf(id.RemoteAddress, id.RemotePort), addrPortOf(id.LocalAddress, id.LocalPort))
 	if s.pending[key] != nil {
 		return true // the app repeats its SYN
+	}
+	if pkt.Data().Size() > maxSYNData {
+		s.counters.malformed.Add(1)
+		return true
 	}
 	if !pkt.RXChecksumValidated && !synChecksumOK(id, h, pkt) {
 		s.counters.badChecksum.Add(1)
