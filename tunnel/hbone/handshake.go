@@ -326,7 +326,13 @@ func (s *handshake) finish(err error) {
 	if s.over {
 		return
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, ErrHandshakeTimeout), errors.Is(err, ErrClosed):
+		// The worker heard of expire before the loop did: crypto/tls found
+		// nothing wrong, so there is no alert to wait for.
+		s.fail(err)
+		return
+	case err != nil:
 		s.reject(fmt.Errorf("hbone: handshake: %w", err))
 		return
 	}
