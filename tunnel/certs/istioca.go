@@ -94,7 +94,8 @@ type IstioCA struct {
 
 	// mu guards the fields below.
 	mu     sync.Mutex
-	link   *link // nil: none yet, or the last one failed
+	link   *link  // nil: none yet, or the last one failed
+	roots  string // of the last link
 	closed bool
 }
 
@@ -190,13 +191,12 @@ func clean(err error, sent metadata.MD) error {
 // A link is a connection that requests share.
 type link struct {
 	conn  *grpc.ClientConn
-	roots string // the text that its root certificates came from
 	users int
 	old   bool // not for new requests; closed when the last user is done
 }
 
 // acquire returns the connection for a request. If the roots have changed but
-// can't be used, the connection that was made with the earlier ones serves on.
+// can't be used, the earlier ones serve on.
 func (c *IstioCA) acquire() (*link, error) {
 	text, err := readRoots(c.cfg.RootCA)
 	c.mu.Lock()
@@ -204,21 +204,34 @@ func (c *IstioCA) acquire() (*link, error) {
 	if c.closed {
 		return nil, errors.New("client is closed")
 	}
-	if err == nil && (c.link == nil || c.link.roots != text) {
-		var conn *grpc.ClientConn
-		if conn, err = c.dial(text); err == nil {
-			c.retireLocked()
-			c.link = &link{conn: conn, roots: text}
-		}
+	if err == nil {
+		err = c.connectLocked(text)
 	}
 	if err != nil {
-		if c.link == nil {
+		if c.roots == "" {
 			return nil, err
 		}
 		c.cfg.Log.Warn("root certificates of the CA not reloaded; the earlier ones serve on", "error", err)
+		if err := c.connectLocked(c.roots); err != nil {
+			return nil, err
+		}
 	}
 	c.link.users++
 	return c.link, nil
+}
+
+// connectLocked makes a connection that trusts roots the current one.
+func (c *IstioCA) connectLocked(roots string) error {
+	if c.link != nil && c.roots == roots {
+		return nil
+	}
+	conn, err := c.dial(roots)
+	if err != nil {
+		return err
+	}
+	c.retireLocked()
+	c.link, c.roots = &link{conn: conn}, roots
+	return nil
 }
 
 // release ends the use of l. A connection that failed is not used again: a

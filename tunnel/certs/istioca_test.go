@@ -158,9 +158,14 @@ func sign(t *testing.T, ca *certs.IstioCA) (*certs.Certificate, error) {
 	return certs.New(db, key, elements, time.Now())
 }
 
+// write replaces the file at once, as Kubernetes does: a reader never meets
+// half of it.
 func write(t *testing.T, path, text string) string {
 	t.Helper()
-	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(path+".new", []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -319,6 +324,14 @@ func TestRootFileIsReRead(t *testing.T) {
 		if _, err := sign(t, ca); err != nil || !strings.Contains(log.String(), "not reloaded") {
 			t.Errorf("with %q in it: %v, log %s", text, err, log.String())
 		}
+	}
+	s.stop()
+	if _, err := sign(t, ca); status.Code(err) != codes.Unavailable {
+		t.Errorf("while the server is down: %v", err)
+	}
+	s.start(t, func(*tls.Config, *x509.Certificate) {})
+	if _, err := sign(t, ca); err != nil {
+		t.Errorf("a new connection, with garbage in the file: %v", err)
 	}
 	s.stop()
 	s.tls = certstest.New()

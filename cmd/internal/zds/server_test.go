@@ -390,9 +390,7 @@ func TestServerSendsICMPSockets(t *testing.T) {
 	set(workload("u"), 3)
 	expect("without a description", 1)
 	st.wantServed("u", true)
-	if got := openFiles(t) - before - ours; got != 3 {
-		t.Errorf("the server holds %d descriptors, want 3", got)
-	}
+	eventually(t, "the server holds three descriptors", func() bool { return openFiles(t)-before-ours == 3 })
 	if err := st.server.Set(fullWorkload("v"), open(4)); err == nil {
 		t.Error("three ICMP sockets were taken")
 	}
@@ -405,9 +403,7 @@ func TestServerSendsICMPSockets(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	if got := openFiles(t) - before - ours; got != 0 {
-		t.Errorf("after Delete the server holds %d descriptors", got)
-	}
+	eventually(t, "after Delete the server holds none", func() bool { return openFiles(t)-before-ours == 0 })
 }
 
 // TestServerRetriesWhatItCouldNotSend: out of descriptors for a moment.
