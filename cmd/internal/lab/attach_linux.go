@@ -13,8 +13,21 @@ import (
 	"github.com/ztun/ztun/cmd/internal/agent"
 )
 
-// An attachOrder is what `ztun lab attach` is started with.
-type attachOrder struct {
+// An AttachSide is the privileged half of a node: it makes sure that what the
+// node's pods send and get passes through the node's proxy. *agent.Agent is one.
+type AttachSide interface {
+	// Set wants a pod in the mesh, as it says now. It does not wait.
+	Set(agent.Pod) error
+	// Delete undoes that, and waits. An unknown UID is no error.
+	Delete(ctx context.Context, uid string) error
+	// Status tells of every pod. Containers start once theirs is served.
+	Status() []agent.Status
+	// Run works until ctx ends.
+	Run(ctx context.Context) error
+}
+
+// An AttachOrder is what a node's attach side is started with.
+type AttachOrder struct {
 	StateDir      string       `json:"stateDir"`
 	Socket        string       `json:"socket"`
 	SocketUID     int          `json:"socketUID"`
@@ -31,18 +44,26 @@ const (
 	detachTimeout = 10 * time.Second
 )
 
-// runAttach is a node's attach side: an agent that is told its pods on
-// standard input, a JSON list a line, until that ends.
+// runAttach is the attach side of a node of ztun's.
 func runAttach(text string) error {
-	var o attachOrder
+	return RunAttach(text, func(o AttachOrder, log *slog.Logger) (AttachSide, error) {
+		return agent.New(agent.Config{
+			StateDir: o.StateDir, Socket: o.Socket, SocketUID: o.SocketUID, SocketGID: o.SocketGID,
+			NodeAddresses: o.NodeAddresses, Log: log,
+		})
+	})
+}
+
+// RunAttach is the main part of a program that is a node's attach side. The
+// lab starts it with text, the order; open makes of it the side, which is told
+// its pods on standard input, a JSON list a line, until that ends.
+func RunAttach(text string, open func(AttachOrder, *slog.Logger) (AttachSide, error)) error {
+	var o AttachOrder
 	if err := json.Unmarshal([]byte(text), &o); err != nil {
 		return fmt.Errorf("lab: attach: %w", err)
 	}
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	a, err := agent.New(agent.Config{
-		StateDir: o.StateDir, Socket: o.Socket, SocketUID: o.SocketUID, SocketGID: o.SocketGID,
-		NodeAddresses: o.NodeAddresses, Log: log,
-	})
+	a, err := open(o, log)
 	if err != nil {
 		return err
 	}
@@ -67,9 +88,9 @@ func runAttach(text string) error {
 	return err
 }
 
-// want makes the agent want pods and nothing else. wanted is what it was told
+// want makes the side want pods and nothing else. wanted is what it was told
 // before.
-func want(ctx context.Context, a *agent.Agent, wanted map[string]agent.Pod, pods []agent.Pod, log *slog.Logger) {
+func want(ctx context.Context, a AttachSide, wanted map[string]agent.Pod, pods []agent.Pod, log *slog.Logger) {
 	now := map[string]bool{}
 	for _, p := range pods {
 		now[p.UID] = true
@@ -94,9 +115,9 @@ func want(ctx context.Context, a *agent.Agent, wanted map[string]agent.Pod, pods
 	}
 }
 
-// reportStates writes the agent's status to statesFD, first and whenever it
+// reportStates writes the side's status to statesFD, first and whenever it
 // changed, until ctx ends.
-func reportStates(ctx context.Context, a *agent.Agent) {
+func reportStates(ctx context.Context, a AttachSide) {
 	out := os.NewFile(statesFD, "states")
 	defer out.Close()
 	tick := time.NewTicker(statesEvery)

@@ -51,10 +51,24 @@ type Options struct {
 	Program string
 	// Proxy is the ztun-proxy executable. Empty: the one beside Program.
 	Proxy string
+	// Nodes are those that run other programs than ztun's, by name.
+	Nodes map[string]NodePrograms
 	// Progress takes a line for each step. Nil: none.
 	Progress io.Writer
 	// Attached makes the lab die with the caller's process.
 	Attached bool
+}
+
+// NodePrograms are what a node runs in the place of ztun-proxy and `ztun lab
+// attach`, in its network namespace and as the lab's root.
+type NodePrograms struct {
+	// Proxy is a command line for the shell, which env(1) is put before, so
+	// that it may begin with NAME=VALUE. Its environment is that of a stock
+	// ztunnel.
+	Proxy string `json:"proxy"`
+	// Attach is a program with its arguments; the order comes as the last
+	// one, and RunAttach is what obeys it.
+	Attach []string `json:"attach"`
 }
 
 var validName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?$`)

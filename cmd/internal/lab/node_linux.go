@@ -171,17 +171,33 @@ func (s *supervisor) renewCredentials() {
 	}
 }
 
-// proxyCommand is a node's ztun-proxy, told what ztunnel's chart would tell it.
+// proxyCommand is a node's ztun-proxy, or another in its place.
 func (s *supervisor) proxyCommand(n *node) (*exec.Cmd, error) {
+	if other := s.order.Nodes[n.name].Proxy; other != "" {
+		// It gets the PID that the lab knows: shell and env are gone then.
+		cmd := exec.Command("/bin/sh", "-c", "exec env "+other)
+		cmd.Dir = n.dir
+		cmd.Env = append(s.proxyEnv(n), "PATH="+defaultPath, "PROXY_MODE=shared", "CLUSTER_ID=Kubernetes")
+		return cmd, nil
+	}
 	program, err := s.proxyProgram()
 	if err != nil {
 		return nil, err
 	}
-	address := fabricAddrs(fabricNodes + n.index)[0]
-	control := "https://" + netip.AddrPortFrom(fabricAddrs(fabricControl)[0], controlPort).String()
 	cmd := exec.Command(program)
 	cmd.Dir = n.dir
-	cmd.Env = []string{
+	cmd.Env = s.proxyEnv(n)
+	if uid := s.proxyUID(); uid != 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
+	}
+	return cmd, nil
+}
+
+// proxyEnv tells a proxy what ztunnel's chart would.
+func (s *supervisor) proxyEnv(n *node) []string {
+	address := fabricAddrs(fabricNodes + n.index)[0]
+	control := "https://" + netip.AddrPortFrom(fabricAddrs(fabricControl)[0], controlPort).String()
+	env := []string{
 		"XDS_ADDRESS=" + control,
 		"CA_ADDRESS=" + control,
 		"XDS_ROOT_CA=" + filepath.Join(n.dir, "root-cert.pem"),
@@ -195,12 +211,9 @@ func (s *supervisor) proxyCommand(n *node) (*exec.Cmd, error) {
 		"TERMINATION_GRACE_PERIOD_SECONDS=5",
 	}
 	if !s.network.ipv6 {
-		cmd.Env = append(cmd.Env, "IPV6_ENABLED=false")
+		env = append(env, "IPV6_ENABLED=false")
 	}
-	if uid := s.proxyUID(); uid != 0 {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uint32(uid), Gid: uint32(uid)}}
-	}
-	return cmd, nil
+	return env
 }
 
 // proxyProgram copies ztun-proxy, if it has changed, to where the proxies'
@@ -238,14 +251,18 @@ func (s *supervisor) attachCommand(n *node, p *process) (*exec.Cmd, error) {
 	if !s.network.ipv6 {
 		addrs = slices.DeleteFunc(addrs, netip.Addr.Is6)
 	}
-	text, err := json.Marshal(attachOrder{
+	text, err := json.Marshal(AttachOrder{
 		StateDir: filepath.Join(n.dir, "agent"), Socket: n.socket(),
 		SocketUID: s.proxyUID(), SocketGID: s.proxyUID(), NodeAddresses: addrs,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("lab: %w", err)
 	}
-	cmd := exec.Command("/proc/self/exe", "lab", "attach", string(text))
+	argv := []string{"/proc/self/exe", "lab", "attach"}
+	if other := s.order.Nodes[n.name].Attach; len(other) > 0 {
+		argv = other
+	}
+	cmd := exec.Command(argv[0], append(slices.Clone(argv[1:]), string(text))...)
 	cmd.Env = []string{}
 	cmd.Dir = n.dir
 	start, err := n.feed.connect(cmd)

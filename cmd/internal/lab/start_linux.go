@@ -44,6 +44,8 @@ type instructions struct {
 	Proxy      string            `json:"proxy"`
 	Privileged bool              `json:"privileged"` // No user namespace around it.
 	Users      bool              `json:"users"`      // There are other users than the lab's own.
+	// Nodes are as in Options.
+	Nodes map[string]NodePrograms `json:"nodes,omitempty"`
 }
 
 // Start starts a lab and returns once every pod has been started. A lab that
@@ -74,7 +76,7 @@ func Start(ctx context.Context, o Options) (*Lab, error) {
 
 // launch starts init and follows its reports until the lab is up.
 func launch(ctx context.Context, o Options, listener *net.UnixListener) (_ *Lab, err error) {
-	order := instructions{Name: o.Name, Dir: o.Dir, Files: o.Files, Program: o.Program, Proxy: o.Proxy, Privileged: privileged()}
+	order := instructions{Name: o.Name, Dir: o.Dir, Files: o.Files, Program: o.Program, Proxy: o.Proxy, Privileged: privileged(), Nodes: o.Nodes}
 	order.Users = order.Privileged && manyUsers()
 	text, err := json.Marshal(order)
 	if err != nil {
