@@ -10,6 +10,7 @@ IMAGE   ?= ztun
 FUZZTIME ?= 3s
 ROUNDS  ?= 3
 ROWS    ?= .
+LEGS    ?= .
 # An ordinary user, for what must work without root.
 NOBODY  := setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/nonexistent
 
@@ -75,9 +76,10 @@ fuzz: ## run every fuzz target for FUZZTIME (3s) each
 	done
 
 SECONDS ?= 3
-bench: build ## measure beside the kernel alone: ROUNDS=3 ROWS=regexp SECONDS=3 PROFILE=dir; writes bin/bench.json
+bench: build ## measure beside the kernel alone: ROUNDS=3 ROWS=regexp LEGS=regexp SECONDS=3 OTHER='another proxy' PROFILE=dir; writes bin/bench.json
 	$(GO) build -o $(BIN)/bench ./cmd/internal/bench
-	$(BIN)/bench -bin $(BIN) -json $(BIN)/bench.json -rounds $(ROUNDS) -rows '$(ROWS)' -seconds $(SECONDS) $(if $(PROFILE),-profile '$(PROFILE)')
+	$(BIN)/bench -bin $(BIN) -json $(BIN)/bench.json -rounds $(ROUNDS) -rows '$(ROWS)' -legs '$(LEGS)' -seconds $(SECONDS) \
+		$(if $(OTHER),-other '$(subst ','\'',$(OTHER))') $(if $(PROFILE),-profile '$(PROFILE)')
 
 ci: export CI = true
 ci: lint arch ## what must hold before a change goes in; .ci/run calls this

@@ -26,6 +26,7 @@ type options struct {
 	Settle  time.Duration // How long memory may take to settle.
 	Conns   int           // Idle connections.
 	Pods    int           // Idle pods.
+	Other   string        // Command line of another proxy; empty: none.
 	Profile string        // Directory for CPU profiles; empty: none.
 }
 
@@ -51,14 +52,19 @@ const (
 	idleFile  = "idle.yaml"
 )
 
-// startLab starts a lab with the pods of legs. It dies with this process, and
-// leaves nothing on the machine's disks.
-func startLab(ctx context.Context, legs []*leg, programs string, progress io.Writer) (*lab.Lab, error) {
-	return lab.Start(ctx, lab.Options{
-		Name: fmt.Sprintf("bench-%d", os.Getpid()), Files: map[string]string{worldFile: world(legs)}, Progress: progress,
+// startLab starts a lab with the pods of the legs. It dies with this process,
+// and leaves nothing on the machine's disks.
+func (b *bench) startLab(ctx context.Context, programs string) (*lab.Lab, error) {
+	o := lab.Options{
+		Name: fmt.Sprintf("bench-%d", os.Getpid()), Files: map[string]string{worldFile: world(b.legs)}, Progress: b.progress,
 		Program: filepath.Join(programs, "ztun"), Proxy: filepath.Join(programs, "ztun-proxy"),
 		Attached: true,
-	})
+	}
+	if b.Other != "" {
+		theirs := lab.NodePrograms{Proxy: b.Other, Attach: []string{b.program, "attach"}}
+		o.Nodes = map[string]lab.NodePrograms{otherA: theirs, otherB: theirs}
+	}
+	return lab.Start(ctx, o)
 }
 
 // downTimeout bounds how long the lab may take to go.
@@ -73,7 +79,13 @@ func (b *bench) prepare(ctx context.Context) error {
 	b.dir = status.Dir
 	b.addrs = map[string]netip.Addr{}
 	for _, p := range status.Pods {
-		b.addrs[p.Namespace+"/"+p.Name] = p.Addresses[0]
+		key := p.Namespace + "/" + p.Name
+		b.addrs[key] = p.Addresses[0]
+		for _, l := range b.legs {
+			if p.Error != "" && (l.client.key() == key || l.server.key() == key) {
+				l.missing = p.Error
+			}
+		}
 	}
 	b.agents = map[string]*agent{}
 	if _, err := b.agentAt(ctx, meterAt); err != nil {

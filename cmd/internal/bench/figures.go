@@ -38,6 +38,8 @@ type figure struct {
 	// ToDirect is the median over the rounds of the ratio to the direct leg
 	// in the same round. Nil where there is nothing to compare.
 	ToDirect *float64 `json:"to_direct"`
+	// ToOther is the same ratio to the other proxy's leg, of all rows.
+	ToOther *float64 `json:"to_other"`
 }
 
 // of returns the figure of a row and leg, false if there is none.
@@ -48,21 +50,33 @@ func (f *figures) of(r row, leg string) (figure, bool) {
 		return figure{}, false
 	}
 	fig := figure{Row: r.name, Leg: leg, Unit: r.unit, Median: median(known), Min: slices.Min(known), Max: slices.Max(known)}
-	direct := f.values[place{r.name, legDirect}]
-	if r.alone || direct == nil {
-		return fig, true
+	if !r.alone {
+		fig.ToDirect = f.ratio(r.name, leg, legDirect)
+	}
+	if rival, ok := rivals[leg]; ok {
+		fig.ToOther = f.ratio(r.name, leg, rival)
+	}
+	return fig, true
+}
+
+// ratio returns the median over the rounds of the ratio of one leg to another
+// in the same round, nil if there is none.
+func (f *figures) ratio(row, leg, to string) *float64 {
+	values, base := f.values[place{row, leg}], f.values[place{row, to}]
+	if base == nil {
+		return nil
 	}
 	var ratios []float64
 	for i := range values {
-		if direct[i] > 0 {
-			ratios = append(ratios, values[i]/direct[i])
+		if base[i] > 0 {
+			ratios = append(ratios, values[i]/base[i])
 		}
 	}
-	if ratios = present(ratios); len(ratios) > 0 {
-		m := median(ratios)
-		fig.ToDirect = &m
+	if ratios = present(ratios); len(ratios) == 0 {
+		return nil
 	}
-	return fig, true
+	m := median(ratios)
+	return &m
 }
 
 // present returns the values that are numbers.

@@ -12,6 +12,8 @@ type leg struct {
 	// proxies are the processes in between, as Status of the lab names them,
 	// or redirector.
 	proxies []string
+	// other says that the proxies are those of the command line.
+	other bool
 	// missing says why the leg cannot be measured here; empty: it can.
 	missing string
 	// broken says that it does not work in this round.
@@ -33,12 +35,17 @@ const (
 	plainNamespace = "bench-plain"
 	meshNamespace  = "bench-mesh"
 	nodeA, nodeB   = "node-a", "node-b"
+	// The other proxy has nodes of its own: two proxies in one would be at
+	// the same ports.
+	otherNamespace = "bench-other"
+	otherA, otherB = "other-a", "other-b"
 )
 
 // allLegs are the legs there are, the direct one first.
 func allLegs() []*leg {
 	plainServer := &benchPod{namespace: plainNamespace, name: "server", node: nodeB}
 	meshClient := &benchPod{namespace: meshNamespace, name: "client", node: nodeA}
+	otherClient := &benchPod{namespace: otherNamespace, name: "client", node: otherA}
 	return []*leg{
 		{name: legDirect, client: &benchPod{namespace: plainNamespace, name: "client", node: nodeA}, server: plainServer},
 		{
@@ -51,14 +58,28 @@ func allLegs() []*leg {
 			name: legHBONE, client: meshClient, server: &benchPod{namespace: meshNamespace, name: "server", node: nodeB},
 			proxies: []string{"proxy/" + nodeA, "proxy/" + nodeB},
 		},
+		{
+			name: legSameNode, client: meshClient, server: &benchPod{namespace: meshNamespace, name: "neighbour", node: nodeA},
+			proxies: []string{"proxy/" + nodeA},
+		},
+		{
+			name: legOther, client: otherClient, server: &benchPod{namespace: otherNamespace, name: "server", node: otherB},
+			proxies: []string{"proxy/" + otherA, "proxy/" + otherB}, other: true,
+		},
+		{
+			name: legOtherSameNode, client: otherClient, server: &benchPod{namespace: otherNamespace, name: "neighbour", node: otherA},
+			proxies: []string{"proxy/" + otherA}, other: true,
+		},
 	}
 }
 
 // world is the YAML of the lab that has the pods of legs.
 func world(legs []*leg) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "{apiVersion: v1, kind: Namespace, metadata: {name: %s}}\n---\n", plainNamespace)
-	fmt.Fprintf(&b, "{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {istio.io/dataplane-mode: ambient}}}\n", meshNamespace)
+	fmt.Fprintf(&b, "{apiVersion: v1, kind: Namespace, metadata: {name: %s}}\n", plainNamespace)
+	for _, name := range []string{meshNamespace, otherNamespace} {
+		fmt.Fprintf(&b, "---\n{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {istio.io/dataplane-mode: ambient}}}\n", name)
+	}
 	seen := map[string]bool{}
 	for _, l := range legs {
 		for _, p := range []*benchPod{l.client, l.server} {

@@ -6,6 +6,7 @@
 // load, leg after leg, round after round. README.md says what each row means.
 //
 //	bench [-rounds 3] [-rows REGEXP] [-seconds 3] [-json bin/bench.json]
+//	bench attach ORDER    on a node of another proxy: hands pods over
 //	bench worker          in a pod: takes orders on standard input
 //	bench fetch URL       on a node: for profiles
 package main
@@ -44,6 +45,8 @@ func dispatch(args []string) error {
 	switch {
 	case len(args) == 1 && args[0] == "worker":
 		return runWorker(os.Stdin, os.Stdout)
+	case len(args) == 2 && args[0] == "attach":
+		return runHandover(args[1])
 	case len(args) == 2 && args[0] == "fetch":
 		return fetch(args[1], os.Stdout)
 	case slices.Equal(args, []string{"lab", "nothing"}):
@@ -70,6 +73,7 @@ func parse(args []string, errors io.Writer) (commandLine, error) {
 	flags.IntVar(&c.Rounds, "rounds", 3, "how often each leg is measured")
 	flags.StringVar(&rows, "rows", ".", "measure the rows that match this regular expression")
 	flags.StringVar(&legs, "legs", ".", "measure the legs that match this regular expression")
+	flags.StringVar(&c.Other, "other", "", "command line of another proxy, for the legs "+legOther+" and "+legOtherSameNode)
 	flags.Float64Var(&seconds, "seconds", 3, "how long one measurement lasts")
 	flags.IntVar(&c.Conns, "conns", 3000, "how many idle connections")
 	flags.IntVar(&c.Pods, "pods", 32, "how many idle pods")
@@ -112,9 +116,9 @@ func runBench(ctx context.Context, args []string, out, progress io.Writer) (err 
 		return err
 	}
 	trials := selected(allTrials(), c.Rows)
-	legs := slices.DeleteFunc(allLegs(), func(l *leg) bool { return !c.Legs.MatchString(l.name) })
+	legs := slices.DeleteFunc(allLegs(), func(l *leg) bool { return !c.Legs.MatchString(l.name) || l.other && c.Other == "" })
 	if len(trials) == 0 || len(legs) == 0 {
-		return errors.New("bench: no row or no leg matches")
+		return errors.New("bench: no row or no leg matches (those of another proxy need -other)")
 	}
 	if c.Profile != "" {
 		if err := os.MkdirAll(c.Profile, 0o755); err != nil {
@@ -146,7 +150,7 @@ func runBench(ctx context.Context, args []string, out, progress io.Writer) (err 
 
 // measure runs the lab and all trials in it.
 func (b *bench) measure(ctx context.Context, programs string, trials []trial) (err error) {
-	l, err := startLab(ctx, b.legs, programs, b.progress)
+	l, err := b.startLab(ctx, programs)
 	if err != nil {
 		return err
 	}

@@ -83,8 +83,8 @@ func TestControlPlaneTakesTheWorld(t *testing.T) {
 			enrolled++
 		}
 	}
-	if got := len(world.Pods()); got != 205 || enrolled != 202 {
-		t.Errorf("%d pods, %d in the mesh, want 205 and 202", got, enrolled)
+	if got := len(world.Pods()); got != 209 || enrolled != 206 {
+		t.Errorf("%d pods, %d in the mesh, want 209 and 206", got, enrolled)
 	}
 }
 

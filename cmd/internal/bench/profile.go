@@ -22,7 +22,7 @@ const adminURL = "http://127.0.0.1:15000/debug/pprof/profile?seconds=%d"
 // profile takes a CPU profile of each of a leg's ztun proxies while a trial
 // of load runs, in the first round. The returned function waits for them.
 func (b *bench) profile(ctx context.Context, t trial, l *leg, round int) (wait func() error) {
-	if b.Profile == "" || round > 0 || !t.load {
+	if b.Profile == "" || round > 0 || !t.load || l.other {
 		return func() error { return nil }
 	}
 	var all sync.WaitGroup

@@ -47,7 +47,7 @@ func redirect(server netip.Addr) error {
 
 // capture adds the rules, or puts up with those of a former proxy.
 func capture(server netip.Addr) error {
-	program, err := findIPTables()
+	program, err := findTool("iptables", "iptables")
 	if err != nil {
 		return err
 	}
@@ -69,15 +69,6 @@ func capture(server netip.Addr) error {
 		}
 	}
 	return nil
-}
-
-func findIPTables() (string, error) {
-	for _, dir := range []string{"/usr/sbin", "/sbin", "/usr/bin", "/usr/local/sbin"} {
-		if path, err := exec.LookPath(dir + "/iptables"); err == nil {
-			return path, nil
-		}
-	}
-	return "", errors.New("iptables is not there; sudo apt-get install iptables (Debian's package)")
 }
 
 // forward joins a redirected connection with one to where it was going.

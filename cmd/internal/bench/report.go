@@ -6,6 +6,7 @@ import (
 	"io"
 	"math"
 	"os"
+	"slices"
 	"strings"
 )
 
@@ -57,7 +58,11 @@ func (r *report) markdown(w io.Writer) {
 		}
 		fmt.Fprintln(w)
 	}
-	fmt.Fprintf(w, "\nMedian (least to greatest of the rounds), x ratio to %s in the same round.\n", legDirect)
+	fmt.Fprintf(w, "\nMedian (least to greatest of the rounds), x ratio to %s in the same round", legDirect)
+	if slices.ContainsFunc(r.legs, func(l *leg) bool { return l.other }) {
+		fmt.Fprintf(w, ", o ratio to %s (of %s: to %s)", legOther, legSameNode, legOtherSameNode)
+	}
+	fmt.Fprintln(w, ".")
 	for _, l := range r.legs {
 		if l.missing != "" {
 			fmt.Fprintf(w, "\n%s is n/a: %s\n", l.name, l.missing)
@@ -73,6 +78,9 @@ func cell(f figure, ok bool) string {
 	text := fmt.Sprintf("%s (%s to %s)", number(f.Median), number(f.Min), number(f.Max))
 	if f.ToDirect != nil && f.Leg != legDirect {
 		text += fmt.Sprintf(" x%.2f", *f.ToDirect)
+	}
+	if f.ToOther != nil {
+		text += fmt.Sprintf(" o%.2f", *f.ToOther)
 	}
 	return text
 }

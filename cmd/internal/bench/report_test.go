@@ -19,7 +19,7 @@ func sample() *report {
 		f.set("stream-1-up", legHBONE, round, direct/5)
 		f.set("rss", legHBONE, round, 40.25)
 	}
-	legs := allLegs()
+	legs := allLegs()[:4]
 	legs[1].missing = "iptables is not there"
 	return &report{
 		head:    []string{"head"},
@@ -66,13 +66,62 @@ func TestJSON(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []map[string]any{
-		{"row": "stream-1-up", "leg": "direct", "unit": "Gbit/s", "median": 15.0, "min": 10.0, "max": 20.0, "to_direct": 1.0},
-		{"row": "stream-1-up", "leg": "ztun-plain", "unit": "Gbit/s", "median": 3.75, "min": 2.5, "max": 5.0, "to_direct": 0.25},
-		{"row": "stream-1-up", "leg": "ztun-hbone", "unit": "Gbit/s", "median": 3.0, "min": 2.0, "max": 4.0, "to_direct": 0.2},
-		{"row": "rss", "leg": "ztun-hbone", "unit": "MiB", "median": 40.25, "min": 40.25, "max": 40.25, "to_direct": nil},
+		{"row": "stream-1-up", "leg": "direct", "unit": "Gbit/s", "median": 15.0, "min": 10.0, "max": 20.0, "to_direct": 1.0, "to_other": nil},
+		{"row": "stream-1-up", "leg": "ztun-plain", "unit": "Gbit/s", "median": 3.75, "min": 2.5, "max": 5.0, "to_direct": 0.25, "to_other": nil},
+		{"row": "stream-1-up", "leg": "ztun-hbone", "unit": "Gbit/s", "median": 3.0, "min": 2.0, "max": 4.0, "to_direct": 0.2, "to_other": nil},
+		{"row": "rss", "leg": "ztun-hbone", "unit": "MiB", "median": 40.25, "min": 40.25, "max": 40.25, "to_direct": nil, "to_other": nil},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("bench.json (-want +got):\n%s", diff)
+	}
+}
+
+// A leg is compared with the other proxy's leg of the same shape, round by
+// round, also in rows that are no ratio to the direct leg.
+func TestRatioToOther(t *testing.T) {
+	f := newFigures(3)
+	for round, speed := range []float64{8, 4, 2} { // The machine slows down.
+		f.set("rss", legHBONE, round, speed*[]float64{3, 2, 1}[round])
+		f.set("rss", legOther, round, speed)
+		f.set("rss", legSameNode, round, speed*4)
+		f.set("rss", legOtherSameNode, round, speed/2)
+	}
+	r := &report{rows: []row{{name: "rss", unit: "MiB", alone: true}}, legs: allLegs(), figures: f}
+	got := map[string]*float64{}
+	for _, fig := range r.list() {
+		got[fig.Leg] = fig.ToOther
+	}
+	two, eight := 2.0, 8.0
+	want := map[string]*float64{legHBONE: &two, legOther: nil, legSameNode: &eight, legOtherSameNode: nil}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("ratios to other (-want +got):\n%s", diff)
+	}
+	var text strings.Builder
+	r.markdown(&text)
+	for _, want := range []string{
+		"| n/a | n/a | n/a | 8.00 (2.00 to 24.0) o2.00 | 16.0 (8.00 to 32.0) o8.00 | 4.00 (2.00 to 8.00) | 2.00 (1.00 to 4.00) |\n",
+		"in the same round, o ratio to other (of ztun-same-node: to other-same-node).\n",
+	} {
+		if !strings.Contains(text.String(), want) {
+			t.Errorf("markdown has no %q:\n%s", want, text.String())
+		}
+	}
+}
+
+func TestRivalsAreLegs(t *testing.T) {
+	legs := map[string]*leg{}
+	for _, l := range allLegs() {
+		legs[l.name] = l
+	}
+	for name, rival := range rivals {
+		a, b := legs[name], legs[rival]
+		if a == nil || b == nil || a.other || !b.other {
+			t.Fatalf("%s is compared with %s: want one leg of ztun's and one of the other proxy's", name, rival)
+		}
+		sameNode := func(l *leg) bool { return l.client.node == l.server.node }
+		if sameNode(a) != sameNode(b) {
+			t.Errorf("%s is compared with %s: one is within a node", name, rival)
+		}
 	}
 }
 

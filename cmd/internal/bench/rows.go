@@ -15,7 +15,18 @@ const (
 	legRedirect = "kernel-redirect"
 	legPlain    = "ztun-plain"
 	legHBONE    = "ztun-hbone"
+	legSameNode = "ztun-same-node"
+	// Of any other proxy.
+	legOther         = "other"
+	legOtherSameNode = "other-same-node"
 )
+
+// rivals are the legs of the other proxy that legs are compared with.
+var rivals = map[string]string{
+	legPlain:    legOther,
+	legHBONE:    legOther,
+	legSameNode: legOtherSameNode,
+}
 
 // A floor is the least ratio to the direct leg that is asked for.
 type floor struct {
