@@ -31,7 +31,8 @@ type Flow struct {
 	local bool  // the peer is the pod's own kernel: the app leg
 	size  int64 // buffer capacity reserved for one direction
 
-	queued atomic.Bool // in the reader's wakers
+	queued atomic.Bool   // in the reader's wakers
+	acked  atomic.Uint32 // the last that a packet of ours acknowledged
 
 	// Owned by the loop.
 	inline            bool // the reader handles its segments
@@ -41,6 +42,7 @@ type Flow struct {
 	wroteFIN, readFIN bool
 	over              bool // Close or Reset was called
 	released          bool // no longer counts
+	ack               ackState
 	sink              tcpip.SliceWriter
 	source            bytes.Reader
 }
@@ -158,7 +160,10 @@ func (f *Flow) Write(p []byte) (int, error) {
 	done := 0
 	for done < len(p) {
 		f.source.Reset(p[done:])
+		f.stack.link.writing.Store(f)
 		n, err := f.ep.Write(&f.source, tcpip.WriteOptions{})
+		f.stack.link.writing.Store(nil)
+		f.carried()
 		done += int(n)
 		switch err.(type) {
 		case nil:
@@ -210,7 +215,11 @@ func (f *Flow) CloseWrite() error {
 		return nil
 	}
 	f.wroteFIN = true
-	if err := f.ep.Shutdown(tcpip.ShutdownWrite); err != nil {
+	f.stack.link.writing.Store(f)
+	err := f.ep.Shutdown(tcpip.ShutdownWrite)
+	f.stack.link.writing.Store(nil)
+	f.carried()
+	if err != nil {
 		return flowError("close", err)
 	}
 	return nil
@@ -222,6 +231,7 @@ func (f *Flow) Reset(error) {
 		return
 	}
 	f.over = true
+	f.ack.held = 0
 	f.ep.Abort()
 	f.leave()
 }
@@ -281,6 +291,7 @@ func (f *Flow) drop() {
 	if f.stack.flows[f.key] == f {
 		delete(f.stack.flows, f.key)
 	}
+	f.ack.held = 0
 	if f.over {
 		f.queue.EventUnregister(&f.entry)
 		f.notify = nil

@@ -33,17 +33,21 @@ func timeWaitTimerExpired(e *tcp.Endpoint)
 
 const allEvents = waiter.EventHUp | waiter.EventErr | waiter.ReadableEvents | waiter.WritableEvents
 
-// finish handles what the batch queued for e, whose user lock the caller
+// finish handles what the batch queued for f, whose user lock the caller
 // holds, and gives the lock back. It is handleConnected of gVisor's
-// dispatcher.go, but for the pod leg: local says that the peer is the pod's
+// dispatcher.go, but for the pod leg: there the peer is the pod's
 // own kernel, which is in order and loses nothing, and which reuses a source
 // port at once; a TIME_WAIT there would swallow its SYN.
-func finish(e *tcp.Endpoint, wq *waiter.Queue, local bool) {
+func (f *Flow) finish() {
+	e := f.ep
 	if !isConnected(e.EndpointState()) {
 		e.UnlockUser()
 		return
 	}
+	f.stack.link.handling.Store(f)
 	err := handleSegmentsLocked(e)
+	f.stack.link.handling.Store(nil)
+	f.carried()
 	if err != nil {
 		resetConnectionLocked(e, err)
 	}
@@ -51,8 +55,8 @@ func finish(e *tcp.Endpoint, wq *waiter.Queue, local bool) {
 	case err != nil || state == tcp.StateClose:
 		e.UnlockUser()
 		drainClosingSegmentQueue(e)
-		wq.Notify(allEvents)
-	case state == tcp.StateTimeWait && local:
+		f.queue.Notify(allEvents)
+	case state == tcp.StateTimeWait && f.local:
 		e.UnlockUser()
 		timeWaitTimerExpired(e)
 	case state == tcp.StateTimeWait:

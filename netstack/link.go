@@ -22,6 +22,9 @@ type link struct {
 	// is being delivered. gVisor asks for the capability with each packet; claimed
 	// for all, it would take a packet with any checksum.
 	vouched atomic.Bool
+	// handling is the flow whose segments the reader handles, set with its
+	// endpoint locked; writing the one that the reader writes to. See ack.go.
+	handling, writing atomic.Pointer[Flow]
 }
 
 var _ stack.LinkEndpoint = (*link)(nil)
@@ -72,6 +75,9 @@ func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
 	defer transmits.Put(t)
 	c := &l.stack.counters
 	for i, pkt := range pkts.AsSlice() {
+		if l.waits(pkt) {
+			continue
+		}
 		t.Reset(virtioHeader(pkt))
 		t.append(pkt)
 		if err := l.stack.dev.WriteVector(&t.Writer); err != nil {

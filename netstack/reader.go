@@ -50,7 +50,9 @@ type reader struct {
 	vector      tun.Vector
 	started     bool // this pass started a goroutine
 	events      [64]unix.EpollEvent
+	now         time.Time // when the last wait ended
 	lastPacket  time.Time
+	held        heldACKs
 	locked      []*Flow // flows whose endpoint lock the batch holds
 }
 
@@ -70,6 +72,7 @@ func newReader(e *Engine, index int) (*reader, error) {
 		stacks:  map[*Stack]struct{}{},
 		watched: map[int]*Stack{},
 		errors:  map[int]func(){},
+		held:    heldACKs{delay: ackDelay},
 		scratch: make([]byte, splice.ScratchSize),
 	}
 	if err := r.watch(evfd); err != nil {
@@ -94,6 +97,8 @@ func (r *reader) run() {
 	defer r.end()
 	for {
 		n := r.wait()
+		r.now = time.Now()
+		r.held.sendDue(r.now)
 		if r.isClosed() {
 			return
 		}

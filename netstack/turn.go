@@ -2,7 +2,6 @@ package netstack
 
 import (
 	"errors"
-	"time"
 
 	"gvisor.dev/gvisor/pkg/buffer"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -34,7 +33,7 @@ func (s *Stack) turn() {
 	}
 	s.finishBatch()
 	if bytes > 0 {
-		s.reader.lastPacket = time.Now()
+		s.reader.lastPacket = s.reader.now
 	}
 }
 
@@ -141,7 +140,7 @@ func (s *Stack) finishBatch() {
 	for i, f := range r.locked {
 		r.locked[i] = nil
 		f.locked = false
-		finish(f.ep, f.queue, f.local)
+		f.finish()
 	}
 	r.locked = r.locked[:0]
 }

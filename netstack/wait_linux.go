@@ -32,12 +32,21 @@ func (r *reader) wait() int {
 		r.started = false
 		runtime.Gosched()
 	}
-	if time.Since(r.lastPacket) < busy {
-		if n := r.rawPoll(rawWait); n > 0 {
+	now := time.Now()
+	limit := -1 // milliseconds
+	if d, ok := r.held.next(now); ok {
+		limit = int((d + time.Millisecond - 1) / time.Millisecond)
+	}
+	if now.Sub(r.lastPacket) < busy {
+		ms := rawWait
+		if limit >= 0 {
+			ms = min(ms, limit)
+		}
+		if n := r.rawPoll(ms); n > 0 || ms == limit {
 			return n
 		}
 	}
-	n, err := unix.EpollWait(r.epfd, r.events[:], -1)
+	n, err := unix.EpollWait(r.epfd, r.events[:], limit)
 	if err != nil { // EINTR
 		return 0
 	}
