@@ -96,9 +96,12 @@ func (f *Flow) establish() {
 	f.inline = true
 	f.ep.SocketOptions().SetDelayOption(false)
 	setKeepalive(f.ep, &f.stack.reader.engine.cfg.Keepalive)
-	// Also where ICMP is read (StackConfig.ICMP): not every router sends it, and
-	// a path that takes smaller packets may cut these.
-	f.ep.SetSockOptInt(tcpip.MTUDiscoverOption, int(tcpip.PMTUDiscoveryDont))
+	if !f.local {
+		// Also where ICMP is read (StackConfig.ICMP): not every router sends it,
+		// and a path that takes smaller packets may cut these. No router is on
+		// the way to the app, and a packet that is not to be cut needs no ID.
+		f.ep.SetSockOptInt(tcpip.MTUDiscoverOption, int(tcpip.PMTUDiscoveryDont))
+	}
 	f.resize()
 }
 

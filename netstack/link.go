@@ -29,6 +29,7 @@ type link struct {
 
 var _ stack.LinkEndpoint = (*link)(nil)
 var _ stack.GSOEndpoint = (*link)(nil)
+var _ stack.QueueingDiscipline = (*link)(nil)
 
 func (l *link) MTU() uint32                             { return l.stack.dev.MTU() }
 func (l *link) SetMTU(uint32)                           {}
@@ -61,7 +62,7 @@ func (l *link) SupportedGSO() stack.SupportedGSO {
 	return stack.GSONotSupported
 }
 
-// A transmit is kept from packet to packet; WritePackets is called by the
+// A transmit is kept from packet to packet; WritePacket is called by the
 // reader and by gVisor's timers.
 type transmit struct {
 	tun.Writer
@@ -70,24 +71,34 @@ type transmit struct {
 
 var transmits = sync.Pool{New: func() any { return new(transmit) }}
 
+// WritePackets implements stack.LinkWriter; gVisor's own path is WritePacket.
 func (l *link) WritePackets(pkts stack.PacketBufferList) (int, tcpip.Error) {
-	t := transmits.Get().(*transmit)
-	defer transmits.Put(t)
-	c := &l.stack.counters
 	for i, pkt := range pkts.AsSlice() {
-		if l.waits(pkt) {
-			continue
+		if err := l.WritePacket(pkt); err != nil {
+			return i, err
 		}
-		t.Reset(virtioHeader(pkt))
-		t.append(pkt)
-		if err := l.stack.dev.WriteVector(&t.Writer); err != nil {
-			c.writeFailed.Add(1)
-			return i, &tcpip.ErrNoBufferSpace{}
-		}
-		c.packetsOut.Add(1)
-		c.bytesOut.Add(uint64(pkt.Size()))
 	}
 	return pkts.Len(), nil
+}
+
+// WritePacket implements stack.QueueingDiscipline. gVisor's default one makes
+// a list of every packet, which is an allocation each.
+func (l *link) WritePacket(pkt *stack.PacketBuffer) tcpip.Error {
+	if l.waits(pkt) {
+		return nil
+	}
+	t := transmits.Get().(*transmit)
+	defer transmits.Put(t)
+	t.Reset(virtioHeader(pkt))
+	t.append(pkt)
+	c := &l.stack.counters
+	if err := l.stack.dev.WriteVector(&t.Writer); err != nil {
+		c.writeFailed.Add(1)
+		return &tcpip.ErrNoBufferSpace{}
+	}
+	c.packetsOut.Add(1)
+	c.bytesOut.Add(uint64(pkt.Size()))
+	return nil
 }
 
 // append adds the packet's bytes in place, or a copy of them when the app

@@ -409,7 +409,7 @@ func TestPathMTUDiscoveryIsOff(t *testing.T) {
 	r := newRawRig(t, StackConfig{})
 	accept, ch := accepting(t, r.stack)
 	on(r.stack, r.handler, func(h *hooks) { h.tcp = accept })
-	r.handshakeAs(podPort, service, 100)
+	r.handshakeAs(client, netip.AddrPortFrom(pod, 80), 100)
 	c := <-ch
 	c.Write([]byte("x"))
 	b, _ := r.read()

@@ -110,7 +110,7 @@ func (s *Stack) configure() error {
 	}
 	s.fwd = tcp.NewForwarder(s.gv, firstBuffer, s.limits.PendingInbound+s.limits.PendingOutbound, s.handshake)
 	s.gv.SetTransportProtocolHandler(tcp.ProtocolNumber, s.handleSegment)
-	if err := s.gv.CreateNIC(nicID, s.link); err != nil {
+	if err := s.gv.CreateNICWithOptions(nicID, s.link, stack.NICOptions{QDisc: s.link}); err != nil {
 		return fmt.Errorf("netstack: interface: %s", err)
 	}
 	if err := s.gv.SetPromiscuousMode(nicID, true); err != nil {
