@@ -1,0 +1,197 @@
+package tuntest
+
+import (
+	"time"
+
+	"github.com/ztun/ztun/tun"
+)
+
+// A Path is what a Wire does to the packets of one direction. The zero value
+// carries everything at once and in order.
+type Path struct {
+	// Delay is what every packet takes, Jitter at most what one takes on top,
+	// drawn evenly. Neither changes the order.
+	Delay, Jitter time.Duration
+	// Loss, Duplicate and Reorder are a packet's chances, 0 to 1, to vanish, to
+	// come twice, and to be overtaken by up to eight others.
+	Loss, Duplicate, Reorder float64
+	// Late bounds how long a packet waits to be overtaken. Default 2 ms.
+	Late time.Duration
+	// Rate bounds what passes, in bytes a second; 0: no bound. Queue is how many
+	// bytes may wait for it, what comes on top is lost. Default 256 KiB.
+	Rate, Queue int64
+	// Cut cuts super-segments into the segments that a network would see, each
+	// with a fate of its own. Without it one fate is the whole super-segment's.
+	Cut bool
+}
+
+// Stats count the packets of one direction; a super-segment that is cut counts
+// by its segments.
+type Stats struct {
+	Packets    uint64 // came
+	Carried    uint64 // went, duplicates included
+	Lost       uint64 // by Path.Loss
+	Duplicated uint64
+	Reordered  uint64 // picked to be overtaken
+	Overflowed uint64 // found no room to wait
+	Refused    uint64 // not taken by the device at the far end, or not fit to be cut
+}
+
+const (
+	defaultLate  = 2 * time.Millisecond
+	defaultQueue = 256 << 10
+	// maxOvertakes is how many packets may overtake one.
+	maxOvertakes = 8
+	// maxHeld is how many wait at a time to be overtaken.
+	maxHeld = 64
+	// maxWaiting bounds the bytes on a direction of the wire.
+	maxWaiting = 128 << 20
+)
+
+// A packet is an IP packet and its virtio header.
+type packet struct {
+	h tun.Header
+	b []byte
+}
+
+// An item is a packet on the wire.
+type item struct {
+	packet
+	due      time.Duration // when it may go; for a held one, when it must
+	overtake int           // how many are still to overtake it
+}
+
+// A line is one direction of a wire without its descriptors. Times are since
+// any one moment. What happens to the n-th packet follows from the seed, n and
+// the path that is set, however the packets are spaced.
+type line struct {
+	seed    uint64
+	path    Path
+	n       uint64        // packets so far
+	free    time.Duration // when all that waits for Rate is through
+	last    time.Duration // due of the newest in queue
+	queue   []item        // in order
+	held    []item        // taken from the queue, to be overtaken
+	waiting int           // bytes in both
+	stats   Stats
+}
+
+// Numbers of a packet's draws, so that one chance does not move another.
+const (
+	drawLoss = iota
+	drawDuplicate
+	drawReorder
+	drawOvertakes
+	drawJitter
+	draws
+)
+
+// draw returns the k-th number of the n-th packet, at least 0 and below 1. It
+// is splitmix64, https://prng.di.unimi.it/splitmix64.c.
+func (l *line) draw(k uint64) float64 {
+	z := l.seed + (l.n*draws+k+1)*0x9e3779b97f4a7c15
+	z = (z ^ z>>30) * 0xbf58476d1ce4e5b9
+	z = (z ^ z>>27) * 0x94d049bb133111eb
+	return float64((z^z>>31)>>11) / (1 << 53)
+}
+
+// put decides about a packet, of which it keeps b; it reports false if the
+// packet is lost, so that b may be used again. twin makes a copy of b.
+func (l *line) put(now time.Duration, p packet, twin func([]byte) []byte) bool {
+	l.n++
+	l.stats.Packets++
+	path := &l.path
+	if l.draw(drawLoss) < path.Loss {
+		l.stats.Lost++
+		return false
+	}
+	due, ok := l.pass(now, int64(len(p.b)))
+	if !ok || l.waiting+len(p.b) > maxWaiting {
+		l.stats.Overflowed++
+		return false
+	}
+	due += path.Delay + time.Duration(l.draw(drawJitter)*float64(path.Jitter))
+	l.last = max(l.last, due)
+	it := item{packet: p, due: l.last}
+	if l.draw(drawReorder) < path.Reorder {
+		l.stats.Reordered++
+		it.overtake = 1 + int(l.draw(drawOvertakes)*maxOvertakes)
+	}
+	l.push(it)
+	if l.draw(drawDuplicate) < path.Duplicate {
+		l.stats.Duplicated++
+		l.push(item{packet: packet{p.h, twin(p.b)}, due: l.last})
+	}
+	return true
+}
+
+// pass says when the last of size bytes is through the bottleneck.
+func (l *line) pass(now time.Duration, size int64) (time.Duration, bool) {
+	rate, queue := l.path.Rate, l.path.Queue
+	if rate <= 0 {
+		return now, true
+	}
+	if queue == 0 {
+		queue = defaultQueue
+	}
+	start := max(now, l.free)
+	if float64(start-now)/float64(time.Second)*float64(rate) > float64(queue) {
+		return 0, false
+	}
+	l.free = start + time.Duration(float64(size)/float64(rate)*float64(time.Second))
+	return l.free, true
+}
+
+func (l *line) push(it item) {
+	l.queue = append(l.queue, it)
+	l.waiting += len(it.b)
+}
+
+// next returns a packet that is to go now.
+func (l *line) next(now time.Duration) (packet, bool) {
+	for {
+		for i := range l.held {
+			if it := l.held[i]; it.overtake <= 0 || it.due <= now || len(l.held) > maxHeld {
+				l.held = append(l.held[:i], l.held[i+1:]...)
+				return l.leave(it), true
+			}
+		}
+		if len(l.queue) == 0 || l.queue[0].due > now {
+			return packet{}, false
+		}
+		it := l.queue[0]
+		l.queue[0] = item{}
+		l.queue = l.queue[1:]
+		if it.overtake > 0 {
+			late := l.path.Late
+			if late == 0 {
+				late = defaultLate
+			}
+			it.due = now + late
+			l.held = append(l.held, it)
+			continue
+		}
+		for i := range l.held {
+			l.held[i].overtake--
+		}
+		return l.leave(it), true
+	}
+}
+
+func (l *line) leave(it item) packet {
+	l.waiting -= len(it.b)
+	return it.packet
+}
+
+// due returns when next has something, if nothing is put before.
+func (l *line) due() (at time.Duration, ok bool) {
+	if len(l.queue) > 0 {
+		at, ok = l.queue[0].due, true
+	}
+	for _, it := range l.held {
+		if !ok || it.due < at {
+			at, ok = it.due, true
+		}
+	}
+	return at, ok
+}
