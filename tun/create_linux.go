@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
-	wgtun "golang.zx2c4.com/wireguard/tun"
 )
 
 // ErrBusy says that somebody reads the device.
@@ -16,13 +15,15 @@ var ErrBusy = errors.New("tun: device has a reader")
 
 const (
 	cloneDevice = "/dev/net/tun"
-	deviceFlags = unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR
+	plainFlags  = unix.IFF_TUN | unix.IFF_NO_PI
+	deviceFlags = plainFlags | unix.IFF_VNET_HDR
 	tcpOffloads = unix.TUN_F_CSUM | unix.TUN_F_TSO4 | unix.TUN_F_TSO6
 )
 
 // Create makes a persistent TUN device in the network namespace of the calling thread, down, and returns its packet
 // descriptor. The descriptor blocks, and must stay so: its flags are shared by all who hold it. offload says whether
-// the kernel agreed to checksum and segmentation offload. The error matches os.ErrExist if the name is taken.
+// the kernel agreed to checksum and segmentation offload; where it has no virtio headers, it did not. The conventions
+// are wireguard-go's, which can read the device too. The error matches os.ErrExist if the name is taken.
 //
 // Without CAP_NET_ADMIN over the namespace nobody can attach to the device later: it belongs to a user that does not exist
 // (in a user namespace, where the kernel refuses such an owner, to the highest user there is).
@@ -30,7 +31,7 @@ func Create(name string, mtu uint32) (f *os.File, offload bool, err error) {
 	if exists(name) {
 		return nil, false, fmt.Errorf("tun: create %s: %w", name, os.ErrExist)
 	}
-	if f, err = attach(name); err != nil {
+	if f, err = attach(name, deviceFlags); err != nil {
 		return nil, false, fmt.Errorf("tun: create %s: %w", name, err)
 	}
 	defer func() {
@@ -41,7 +42,10 @@ func Create(name string, mtu uint32) (f *os.File, offload bool, err error) {
 	if err = setOwner(f); err != nil {
 		return nil, false, fmt.Errorf("tun: create %s: %w", name, err)
 	}
-	if offload, err = configure(f, int(mtu)); err != nil {
+	if err = setMTU(name, mtu); err != nil {
+		return nil, false, fmt.Errorf("tun: create %s: set MTU %d: %w", name, mtu, err)
+	}
+	if offload, err = negotiate(f); err != nil {
 		return nil, false, fmt.Errorf("tun: create %s: %w", name, err)
 	}
 	if err = ioctl(f, unix.TUNSETPERSIST, 1); err != nil {
@@ -56,7 +60,7 @@ func Open(name string) (f *os.File, offload bool, err error) {
 	if !exists(name) {
 		return nil, false, fmt.Errorf("tun: open %s: %w", name, os.ErrNotExist)
 	}
-	if f, err = attach(name); err != nil {
+	if f, err = attach(name, deviceFlags); err != nil {
 		return nil, false, fmt.Errorf("tun: open %s: %w", name, err)
 	}
 	offload, err = negotiate(f)
@@ -67,16 +71,25 @@ func Open(name string) (f *os.File, offload bool, err error) {
 	return f, offload, nil
 }
 
-// attach binds a new descriptor to the device, which is made if there is none. os.NewFile keeps a descriptor that
-// blocks out of the runtime's poller.
-func attach(name string) (*os.File, error) {
+// attach binds a new descriptor to the device, which is made if there is none. A kernel that refuses the flags gets
+// those that every TUN has.
+func attach(name string, flags uint16) (*os.File, error) {
+	f, err := bind(name, flags)
+	if errors.Is(err, unix.EINVAL) && flags != plainFlags {
+		return bind(name, plainFlags)
+	}
+	return f, err
+}
+
+// bind is attach with these flags. os.NewFile keeps a descriptor that blocks out of the runtime's poller.
+func bind(name string, flags uint16) (*os.File, error) {
 	fd, err := unix.Open(cloneDevice, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", cloneDevice, err)
 	}
 	ifr, err := unix.NewIfreq(name)
 	if err == nil {
-		ifr.SetUint16(deviceFlags)
+		ifr.SetUint16(flags)
 		err = unix.IoctlIfreq(fd, unix.TUNSETIFF, ifr)
 	}
 	if err != nil {
@@ -127,45 +140,27 @@ func lastMapped(uidMap string) int {
 	return last
 }
 
-// configure sets MTU and offloads of a new device. wireguard-go does it, on a second descriptor of its own: it also
-// checks what the kernel made, and its conventions are those of every reader we know. Its UDP segmentation offload is taken
-// back by negotiate, since captured UDP is only DNS.
-func configure(f *os.File, mtu int) (offload bool, err error) {
-	var dup int
-	if err := control(f, func(fd int) (err error) {
-		dup, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
-		return err
-	}); err != nil {
-		return false, err
-	}
-	second := os.NewFile(uintptr(dup), cloneDevice)
-	dev, err := wgtun.CreateTUNFromFile(second, mtu)
-	if err != nil {
-		_ = second.Close()
-		return false, err
-	}
-	if err := dev.Close(); err != nil {
-		return false, err
-	}
-	return negotiate(f)
-}
-
-// negotiate asks for TCP offloads, and does without where the kernel has none; the 10-byte header stays either way.
+// negotiate asks for TCP offloads, and does without where the kernel has none, or no virtio header to tell of them.
+// It takes back what an earlier descriptor of the device agreed to. UDP segmentation offload is not asked for, since
+// captured UDP is only DNS.
 func negotiate(f *os.File) (offload bool, err error) {
-	if err := setHeaderSize(f); err != nil {
-		return false, fmt.Errorf("set the header's size: %w", err)
+	var header bool
+	err = control(f, func(fd int) error {
+		flags, err := flagsOf(fd)
+		header = flags&unix.IFF_VNET_HDR != 0
+		// A kernel without the call has this size; New checks it.
+		_ = unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, HeaderSize)
+		return err
+	})
+	if err != nil {
+		return false, fmt.Errorf("read its flags: %w", err)
 	}
-	if ioctl(f, unix.TUNSETOFFLOAD, tcpOffloads) == nil {
+	if header && ioctl(f, unix.TUNSETOFFLOAD, tcpOffloads) == nil {
 		return true, nil
 	}
-	if err := ioctl(f, unix.TUNSETOFFLOAD, 0); err != nil {
-		return false, fmt.Errorf("set offloads: %w", err)
-	}
+	// A kernel without the call has none on.
+	_ = ioctl(f, unix.TUNSETOFFLOAD, 0)
 	return false, nil
-}
-
-func setHeaderSize(f *os.File) error {
-	return control(f, func(fd int) error { return unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, HeaderSize) })
 }
 
 func ioctl(f *os.File, req uint, value int) error {
@@ -185,12 +180,23 @@ func control(f *os.File, op func(fd int) error) error {
 	return opErr
 }
 
-func exists(name string) bool {
+func exists(name string) bool { return onLink(name, unix.SIOCGIFINDEX, func(*unix.Ifreq) {}) == nil }
+
+func setMTU(name string, mtu uint32) error {
+	return onLink(name, unix.SIOCSIFMTU, func(r *unix.Ifreq) { r.SetUint32(mtu) })
+}
+
+// onLink makes a request about an interface of this thread's namespace.
+func onLink(name string, req uint, set func(*unix.Ifreq)) error {
+	ifr, err := unix.NewIfreq(name)
+	if err != nil {
+		return err
+	}
+	set(ifr)
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return false
+		return err
 	}
 	defer func() { _ = unix.Close(fd) }()
-	ifr, err := unix.NewIfreq(name)
-	return err == nil && unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, ifr) == nil
+	return unix.IoctlIfreq(fd, req, ifr)
 }

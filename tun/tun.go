@@ -6,6 +6,30 @@
 // Read; Write may be called by anyone. Creating the kernel's device is Create's
 // work and needs CAP_NET_ADMIN in the pod; everything else needs only the
 // descriptor.
+//
+// # What Linux may lack
+//
+// Each is found out by trying, once a device: by Create and Open in the agent,
+// by New and the first Read in the proxy. A Device tells with Lacks.
+//
+//	feature          Linux    found out by                 without it
+//	RWF_NOWAIT       6.4      preadv2 says EOPNOTSUPP      poll, then read: one call
+//	on a TUN                  (EINVAL < 4.14, ENOSYS <     more a packet
+//	                          4.6; EPERM by seccomp)
+//	IFF_VNET_HDR     2.6.27   TUNSETIFF says EINVAL;       as without offloads, and no
+//	                          TUNGETIFF does not show it   header before the packets
+//	TUNSETOFFLOAD    2.6.27   refused                      packets of an MTU with whole
+//	(csum, TSO4,6)                                         checksums, both ways
+//	TSO of one       -        not found out, nor needed:   the kernel cuts the packets of
+//	family, or off            each header says what it is  that family before they arrive
+//	(ethtool -K)
+//	TUNSETVNETHDRSZ  2.6.34   refused                      the size is 10 then; New
+//	                                                       refuses any other
+//
+// RWF_NOWAIT came to TUN devices with commit 438b406055cd of Linux 6.4, which
+// distributions on 5.x and 6.1 lack. What goes out with a header need not be
+// agreed on: any kernel with headers takes super-segments and partial checksums
+// of both families. UDP segmentation offload is never asked for.
 package tun
 
 import (
@@ -31,7 +55,8 @@ type Options struct {
 	// MTU of the pod's interface, in bytes of an IP packet. Default 1500.
 	MTU uint32
 	// Offload says that the kernel agreed to checksum and segmentation
-	// offload, so both sides may send super-segments.
+	// offload, so both sides may send super-segments. It counts for nothing on
+	// a device without virtio headers.
 	Offload bool
 }
 
@@ -41,13 +66,17 @@ type Device struct {
 	fd      int
 	mtu     uint32
 	offload bool
-	// blockingRead is set once the kernel turned out to lack RWF_NOWAIT here.
-	blockingRead bool
+	// skip is 1 where packets have no virtio header, else 0: the first part of
+	// a Vector or Writer that crosses.
+	skip int
+	// pollFirst is set by the first Read where a read cannot be told not to wait.
+	pollFirst bool
 }
 
-// New adopts f, whose reads and writes carry one packet each behind a
-// 10-byte virtio header. The descriptor's flags are left as they are: they
-// are shared with whoever else holds it.
+// New adopts f, whose reads and writes carry one packet each, behind a 10-byte
+// virtio header unless the kernel says that the device has none. It refuses
+// devices whose packets look otherwise. The descriptor's flags are left as they
+// are: they are shared with whoever else holds it.
 func New(f *os.File, o Options) (*Device, error) {
 	if f == nil {
 		return nil, errors.New("tun: no descriptor")
@@ -67,6 +96,9 @@ func New(f *os.File, o Options) (*Device, error) {
 	if err := rc.Control(func(fd uintptr) { d.fd = int(fd) }); err != nil {
 		return nil, fmt.Errorf("tun: descriptor of %s: %w", f.Name(), err)
 	}
+	if err := d.ask(); err != nil {
+		return nil, fmt.Errorf("tun: descriptor of %s: %w", f.Name(), err)
+	}
 	return d, nil
 }
 
@@ -76,7 +108,7 @@ func (d *Device) FD() int { return d.fd }
 // MTU is the largest packet of the pod's interface, in bytes.
 func (d *Device) MTU() uint32 { return d.mtu }
 
-// Offload says whether super-segments may cross.
+// Offload says whether super-segments and partial checksums may cross.
 func (d *Device) Offload() bool { return d.offload }
 
 // Close gives the descriptor back. No Read or Write may be under way.
@@ -95,11 +127,14 @@ func (d *Device) Read(v *Vector) (int, Header, error) {
 	default:
 		return 0, Header{}, fmt.Errorf("tun: read: %w", errno)
 	}
-	if n < HeaderSize {
-		return 0, Header{}, &HeaderError{Field: "length", Value: uint32(n)}
+	var h Header
+	if d.skip == 0 {
+		if n < HeaderSize {
+			return 0, Header{}, &HeaderError{Field: "length", Value: uint32(n)}
+		}
+		n -= HeaderSize
+		h = decodeHeader(&v.head)
 	}
-	n -= HeaderSize
-	h := decodeHeader(&v.head)
 	if err := h.validate(n); err != nil {
 		return n, h, err
 	}

@@ -58,19 +58,24 @@ const rwfNowait = 0x8 // RWF_NOWAIT of linux/fs.h
 func (d *Device) readv(v *Vector) (int, unix.Errno) {
 	v.iov[0].Base = &v.head[0]
 	v.iov[0].SetLen(HeaderSize)
-	if d.blockingRead {
+	if d.pollFirst {
 		return d.pollReadv(v)
 	}
 	// Raw: with RWF_NOWAIT it cannot block, so the scheduler need not know.
-	n, _, errno := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(d.fd), uintptr(unsafe.Pointer(&v.iov)), uintptr(v.n+1), ^uintptr(0), ^uintptr(0), rwfNowait)
-	if errno == unix.EOPNOTSUPP {
-		d.blockingRead = true
+	n, _, errno := unix.RawSyscall6(unix.SYS_PREADV2, uintptr(d.fd), uintptr(unsafe.Pointer(&v.iov[d.skip])), uintptr(v.n+1-d.skip), ^uintptr(0), ^uintptr(0), rwfNowait)
+	switch errno {
+	case unix.EOPNOTSUPP, unix.EINVAL, unix.ENOSYS, unix.EPERM:
+		// The flag, or the call, is not known or not allowed. Were it something
+		// else, the plain read would say so too.
+		d.pollFirst = true
 		return d.pollReadv(v)
 	}
 	return int(n), errno
 }
 
-// pollReadv is for kernels without RWF_NOWAIT on this kind of descriptor.
+// pollReadv is for kernels without RWF_NOWAIT on this kind of descriptor. With
+// one reader, what poll has seen is still there to be read. Were it not, the
+// read would block: it is an ordinary call, so that the scheduler knows.
 func (d *Device) pollReadv(v *Vector) (int, unix.Errno) {
 	pfd := unix.PollFd{Fd: int32(d.fd), Events: unix.POLLIN}
 	var zero unix.Timespec
@@ -78,7 +83,7 @@ func (d *Device) pollReadv(v *Vector) (int, unix.Errno) {
 	if errno != 0 || n == 0 {
 		return 0, unix.EAGAIN
 	}
-	r, _, errno := unix.Syscall(unix.SYS_READV, uintptr(d.fd), uintptr(unsafe.Pointer(&v.iov)), uintptr(v.n+1))
+	r, _, errno := unix.Syscall(unix.SYS_READV, uintptr(d.fd), uintptr(unsafe.Pointer(&v.iov[d.skip])), uintptr(v.n+1-d.skip))
 	return int(r), errno
 }
 
@@ -86,8 +91,11 @@ func (d *Device) pollReadv(v *Vector) (int, unix.Errno) {
 func (d *Device) WriteVector(w *Writer) error {
 	w.iov[0].Base = &w.head[0]
 	w.iov[0].SetLen(HeaderSize)
+	if d.skip != 0 && w.head != ([HeaderSize]byte{}) {
+		return &WriteError{unix.EOPNOTSUPP} // Nothing would tell the kernel what is left undone.
+	}
 	// Raw: a TUN takes the packet or drops it, it never waits.
-	_, _, errno := unix.RawSyscall(unix.SYS_WRITEV, uintptr(d.fd), uintptr(unsafe.Pointer(&w.iov)), uintptr(w.n+1))
+	_, _, errno := unix.RawSyscall(unix.SYS_WRITEV, uintptr(d.fd), uintptr(unsafe.Pointer(&w.iov[d.skip])), uintptr(w.n+1-d.skip))
 	if errno != 0 {
 		return &WriteError{errno}
 	}
