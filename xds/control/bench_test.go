@@ -29,6 +29,25 @@ func BenchmarkRead1000Pods(b *testing.B) {
 	}
 }
 
+// Ten times the pods and Services must cost about ten times as much.
+func BenchmarkReadServices(b *testing.B) {
+	for _, n := range []int{1000, 10_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			var text strings.Builder
+			for i := range n {
+				fmt.Fprintf(&text, "apiVersion: v1\nkind: Pod\nmetadata: {name: p%d, namespace: x, labels: {app: a%d, tier: one}}\nspec: {nodeName: n}\nstatus: {podIP: 10.%d.%d.%d}\n---\n", i, i, 1+i>>16, i>>8&255, i&255)
+				fmt.Fprintf(&text, "apiVersion: v1\nkind: Service\nmetadata: {name: s%d, namespace: x}\nspec: {selector: {tier: one, app: a%d}, ports: [{port: 80}]}\n---\n", i, i)
+			}
+			cfg := Config{Static: NewStatic(map[string]string{"f.yaml": text.String()})}
+			for b.Loop() {
+				if _, r := Check(cfg); !r.Used {
+					b.Fatal(r.Err())
+				}
+			}
+		})
+	}
+}
+
 // What one changed pod of 1000 costs for each connected proxy.
 func BenchmarkPushOneOf1000Pods(b *testing.B) {
 	files := bigMesh(1000)

@@ -18,10 +18,13 @@ type builder struct {
 	owners   map[netip.Addr]*object // of pod addresses and service addresses
 	services []*builtService
 	pods     []*builtPod
-	podsIn   map[string][]*builtPod // by namespace, those that are served
+	podsWith map[podLabel][]*builtPod // those that are served
 	servedBy map[*builtPod][]*builtService
 	world    *World
 }
+
+// podLabel is a label of pods in one namespace.
+type podLabel struct{ ns, name, value string }
 
 // builtPod is a pod that is served, or that runs without an address.
 type builtPod struct {
@@ -39,7 +42,7 @@ func build(cfg Config, set *objects, ps *problems, addresses *addressBook) *Worl
 	b := &builder{
 		mesh: cfg.Mesh, set: set, ps: ps, embedderAddrs: cfg.PodAddrs,
 		owners:   make(map[netip.Addr]*object),
-		podsIn:   make(map[string][]*builtPod),
+		podsWith: make(map[podLabel][]*builtPod),
 		servedBy: make(map[*builtPod][]*builtService),
 		world:    newWorld(cfg.Mesh),
 	}
@@ -116,7 +119,10 @@ func (b *builder) collectPods() {
 		}
 		b.pods = append(b.pods, built)
 		if built.served() {
-			b.podsIn[p.ns] = append(b.podsIn[p.ns], built)
+			for name, value := range p.Labels {
+				l := podLabel{p.ns, name, value}
+				b.podsWith[l] = append(b.podsWith[l], built)
+			}
 		}
 	}
 }

@@ -47,6 +47,39 @@ func TestServiceLoadBalancing(t *testing.T) {
 	}
 }
 
+// A Service serves the pods of its own namespace that have all its labels,
+// however many have one of them.
+func TestServiceSelectsByAllLabels(t *testing.T) {
+	pod := func(ns, name, labels, ip string) string {
+		return "apiVersion: v1\nkind: Pod\nmetadata: {name: " + name + ", namespace: " + ns + ", labels: {" + labels + "}}\nspec: {nodeName: n}\nstatus: {podIP: " + ip + "}"
+	}
+	service := func(name, selector string) string {
+		return "apiVersion: v1\nkind: Service\nmetadata: {name: " + name + ", namespace: x}\nspec: {ports: [{port: 80}], selector: {" + selector + "}}"
+	}
+	w := world(t, docs(
+		pod("x", "both", "app: a, tier: one", "10.0.0.1"),
+		pod("x", "app", "app: a", "10.0.0.2"),
+		pod("x", "tier", "tier: one", "10.0.0.3"),
+		pod("x", "also", "tier: one, app: a, more: m", "10.0.0.4"),
+		pod("x", "swapped", "app: one, tier: a", "10.0.0.5"),
+		pod("x", "none", "", "10.0.0.6"),
+		pod("y", "elsewhere", "app: a, tier: one", "10.0.0.7"),
+		service("two", "app: a, tier: one"), service("one", "app: a"), service("empty", "app: b, tier: one"),
+	))
+	for service, want := range map[string]string{"two": "both also", "one": "both app also", "empty": ""} {
+		var got []string
+		for _, p := range []string{"x/both", "x/app", "x/tier", "x/also", "x/swapped", "x/none", "y/elsewhere"} {
+			ns, name, _ := strings.Cut(p, "/")
+			if _, ok := w.workload(t, ns, name).Services["x/"+service+".x.svc.cluster.local"]; ok {
+				got = append(got, name)
+			}
+		}
+		if got := strings.Join(got, " "); got != want {
+			t.Errorf("service %s selects %q, want %q", service, got, want)
+		}
+	}
+}
+
 func TestServiceProtocols(t *testing.T) {
 	for _, tc := range []struct {
 		port string
