@@ -21,6 +21,22 @@
 //  5. At the end of the pass the tunnels flush; gVisor hands the segments to
 //     link.WritePackets (link.go), one writev each.
 //
+// # What it needs of Linux and Go
+//
+// Package tun says what a device may lack and what is done then; an Engine
+// logs each lack once. The rest is always there, or its absence is noticed
+// before anything runs:
+//
+//	epoll_pwait, eventfd2    Linux 2.6.27; Go's own poller needs them too
+//	raw ICMP sockets         may be left out (StackConfig.ICMP)
+//	raw system calls do not  else a wait costs more CPU: no other harm
+//	tell Go's scheduler
+//	a function's prologue    TestReadersDoNotHoldUpTheCollector fails without
+//	lets the collector in
+//	linknames into gVisor    where Go refuses them, or gVisor has no such
+//	                         function, the build fails; where gVisor changed
+//	                         one, TestMirroredFunctionsAreUnchanged does
+//
 // # Concurrency
 //
 // Handler methods, Request, Flow and Dial belong to the stack's Loop. Add,
@@ -142,6 +158,8 @@ type Engine struct {
 	log     *slog.Logger
 	// reserved is the buffer capacity of all flows, in bytes.
 	reserved atomic.Int64
+	// lacks has a bit for each tun.Feature whose absence was logged.
+	lacks atomic.Uint32
 
 	// mu guards the fields below.
 	mu     sync.Mutex

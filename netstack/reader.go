@@ -122,6 +122,7 @@ func (r *reader) add(s *Stack) error {
 	err := s.listen()
 	if err == nil {
 		s.drain()
+		r.engine.noteLacks(s.cfg.Name, s.dev.Lacks())
 		r.watched[s.dev.FD()] = s
 		err = errors.Join(r.watch(s.dev.FD()), s.watchICMP())
 	}
