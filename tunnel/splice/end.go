@@ -63,6 +63,17 @@ type Pusher interface {
 	Push(sink func(p []byte) (n int))
 }
 
+// A Lender is an End whose received bytes can be written on from where they
+// lie. A Join then neither reads from it nor is pushed to.
+type Lender interface {
+	// Peek returns bytes that were received, at least one, or the error that
+	// Read would return. They are valid until Discard, or until another method
+	// of the end takes them.
+	Peek() ([]byte, error)
+	// Discard takes the first n bytes of what Peek returned.
+	Discard(n int)
+}
+
 // A Failer is an End that can say without a Read that it has failed. A Join
 // then mirrors the failure at once, also while the other end takes nothing.
 type Failer interface {

@@ -17,12 +17,14 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // steps is a splice.Loop that runs when it is told to, on the test's goroutine.
 type steps struct {
+	posted     []func()
+	posts      int // so far
 	soon, last []*splice.Task
 	lastRun    *splice.Task
 	scratch    [splice.ScratchSize]byte
 }
 
-func (l *steps) Post(func())                            { panic("not used") }
+func (l *steps) Post(f func())                          { l.posted = append(l.posted, f); l.posts++ }
 func (l *steps) AfterFunc(time.Duration, func()) func() { panic("not used") }
 func (l *steps) Soon(t *splice.Task)                    { l.queue(&l.soon, t) }
 func (l *steps) Last(t *splice.Task)                    { l.queue(&l.last, t) }
@@ -36,6 +38,12 @@ func (l *steps) queue(q *[]*splice.Task, t *splice.Task) {
 
 // step runs one task, and reports whether there was one.
 func (l *steps) step() bool {
+	if len(l.posted) > 0 {
+		f := l.posted[0]
+		l.posted = append(l.posted[:0], l.posted[1:]...)
+		f()
+		return true
+	}
 	if len(l.soon) == 0 {
 		return false
 	}
@@ -276,6 +284,32 @@ func (f pusher) Push(sink func([]byte) int) {
 	f.sink = sink
 }
 
+type lender struct{ *fake }
+
+func (f lender) Peek() ([]byte, error) {
+	f.enter("Peek")
+	f.early()
+	switch {
+	case f.reset != nil:
+		return nil, io.ErrClosedPipe
+	case len(f.in) > 0:
+		if n := f.whim(len(f.in)); n > 0 {
+			return f.in[:n], nil
+		}
+		f.wake()
+		return nil, splice.ErrAgain
+	case f.end != nil:
+		return nil, f.end
+	}
+	return nil, splice.ErrAgain
+}
+
+func (f lender) Discard(n int) {
+	f.enter("Discard")
+	f.in = f.in[n:]
+	f.read += n
+}
+
 type failer struct{ *fake }
 
 func (f failer) Failure() error {
@@ -311,6 +345,14 @@ var kinds = []struct {
 			*fake
 			splice.Reserver
 		}{f, reserver{f}}
+	}},
+	{"lender", func(f *fake) splice.End {
+		return struct {
+			*fake
+			splice.Reserver
+			splice.Lender
+			splice.Failer
+		}{f, reserver{f}, lender{f}, failer{f}}
 	}},
 	{"pusher", func(f *fake) splice.End {
 		return struct {

@@ -21,6 +21,7 @@ type flow struct {
 	// Set by Start, read-only after.
 	src, dst End
 	from, to Side
+	lender   Lender   // src; nil if it is none
 	room     Reserver // dst; nil if it is none
 	health   Failer   // src; nil if it is none
 	count    *atomic.Uint64
@@ -55,6 +56,12 @@ func (j *Join) move(f *flow, limit int) (moved int, more bool) {
 		case moved == limit:
 			f.release()
 			return moved, true
+		case f.lender != nil:
+			n := j.lend(f, limit-moved)
+			moved += n
+			if n == 0 && !f.eof {
+				return moved, false
+			}
 		case f.room != nil:
 			n := j.fill(f, limit-moved)
 			moved += n
@@ -69,6 +76,22 @@ func (j *Join) move(f *flow, limit int) (moved int, more bool) {
 		}
 	}
 	return moved, false
+}
+
+// lend writes on what src holds, without a copy here.
+func (j *Join) lend(f *flow, limit int) int {
+	p, err := f.lender.Peek()
+	if err != nil {
+		j.readEnded(f, err)
+		return 0
+	}
+	n, err := f.dst.Write(p[:min(len(p), limit)])
+	f.lender.Discard(n)
+	f.count.Add(uint64(n))
+	if err != nil && !isAgain(err) {
+		j.fail(f.to, err)
+	}
+	return n
 }
 
 // fill reads straight into the room that dst has.

@@ -91,9 +91,10 @@ func Start(loop Loop, a, b End, opt Options, done func(Result)) *Join {
 	j.ba = flow{src: b, dst: a, from: SideB, to: SideA, count: &j.toA}
 	ready := func() { loop.Soon(&j.task) }
 	for _, f := range []*flow{&j.ab, &j.ba} {
+		f.lender, _ = f.src.(Lender)
 		f.room, _ = f.dst.(Reserver)
 		f.health, _ = f.src.(Failer)
-		if p, ok := f.src.(Pusher); ok {
+		if p, ok := f.src.(Pusher); ok && f.lender == nil {
 			p.Push(func(p []byte) int { return j.push(f, p) })
 		}
 		f.src.Notify(ready)
