@@ -1,9 +1,13 @@
 package splice_test
 
 import (
+	"fmt"
+	"io"
+	"net"
 	"testing"
 
 	"github.com/ztun/ztun/tunnel/splice"
+	"github.com/ztun/ztun/tunnel/splice/splicetest"
 )
 
 // source gives bytes without end as long as it is fed, drain takes what it is
@@ -123,6 +127,218 @@ func TestSteadyStateDoesNotAllocate(t *testing.T) {
 		})
 		if n > 0.1 { // the pool may lose a buffer to the garbage collector
 			t.Errorf("%s: %v allocations a turn", name, n)
+		}
+	}
+}
+
+func TestPipeDoesNotAllocate(t *testing.T) {
+	for loops := 1; loops <= 2; loops++ {
+		for _, size := range []int{100, 60 << 10} {
+			p := newTube(t, loops, plenty)
+			p.a.Notify(func() {})
+			p.b.Notify(func() {})
+			src, buf := make([]byte, size), make([]byte, size)
+			n := testing.AllocsPerRun(500, func() {
+				for sent := 0; sent < size; {
+					m, _ := p.a.Write(src[sent:])
+					sent += m
+					p.run()
+					for {
+						if m, err := p.b.Read(buf); m == 0 || err != nil {
+							break
+						}
+					}
+				}
+			})
+			if n > 0.1 { // the pool may lose a buffer to the garbage collector
+				t.Errorf("%d loops, %d bytes: %v allocations", loops, size, n)
+			}
+		}
+	}
+}
+
+// BenchmarkPipe is what a join in memory costs between its two Joins: a
+// message there and back, and 64 KiB one way. The same through net.Pipe and
+// through a TCP connection over loopback, each read by a goroutine, stands
+// beside it.
+func BenchmarkPipe(b *testing.B) {
+	for _, size := range []int{64, 1 << 10} {
+		for loops := 1; loops <= 2; loops++ {
+			b.Run(fmt.Sprintf("request-%d/loops-%d", size, loops), func(b *testing.B) { pipeRequest(b, loops, size) })
+		}
+		for name, dial := range conns {
+			b.Run(fmt.Sprintf("request-%d/%s", size, name), func(b *testing.B) { connRequest(b, dial, size) })
+		}
+	}
+	for loops := 1; loops <= 2; loops++ {
+		b.Run(fmt.Sprintf("bulk-64K/loops-%d", loops), func(b *testing.B) { pipeBulk(b, loops) })
+	}
+	for name, dial := range conns {
+		b.Run("bulk-64K/"+name, func(b *testing.B) { connBulk(b, dial) })
+	}
+}
+
+// threads is a Pipe whose loops are goroutines.
+func threads(b *testing.B, loops int) (on [2]*splicetest.Loop, ends [2]*splice.PipeEnd) {
+	for i := range loops {
+		on[i] = splicetest.NewLoop()
+		b.Cleanup(on[i].Close)
+	}
+	if loops == 1 {
+		on[1] = on[0]
+	}
+	budget := splice.NewBudget(plenty, nil)
+	ends[0], ends[1] = splice.Pipe(on[0], on[1], budget, budget)
+	return on, ends
+}
+
+func pipeRequest(b *testing.B, loops, size int) {
+	on, ends := threads(b, loops)
+	msg := make([]byte, size)
+	done := make(chan struct{})
+	left := b.N
+	// each calls f with every message that comes to e.
+	each := func(e *splice.PipeEnd, f func()) func() {
+		got := 0
+		return func() {
+			for {
+				p, err := e.Peek()
+				if err != nil {
+					return
+				}
+				got += len(p)
+				e.Discard(len(p))
+				if got == size {
+					got = 0
+					f()
+				}
+			}
+		}
+	}
+	send := func(e *splice.PipeEnd) {
+		for n := 0; n < size; {
+			m := copy(e.Reserve(size-n), msg)
+			e.Commit(m)
+			n += m
+		}
+	}
+	on[1].Do(func() { ends[1].Notify(each(ends[1], func() { send(ends[1]) })) })
+	b.ReportAllocs()
+	b.ResetTimer()
+	on[0].Do(func() {
+		ends[0].Notify(each(ends[0], func() {
+			if left--; left == 0 {
+				close(done)
+				return
+			}
+			send(ends[0])
+		}))
+		send(ends[0])
+	})
+	<-done
+}
+
+func pipeBulk(b *testing.B, loops int) {
+	on, ends := threads(b, loops)
+	const chunk = 64 << 10
+	total := b.N * chunk
+	done := make(chan struct{})
+	src, dst := make([]byte, chunk), make([]byte, chunk)
+	sent, got := 0, 0
+	on[1].Do(func() {
+		ends[1].Notify(func() {
+			for got < total {
+				p, err := ends[1].Peek()
+				if err != nil {
+					return
+				}
+				copy(dst, p)
+				got += len(p)
+				ends[1].Discard(len(p))
+				if got == total {
+					close(done)
+				}
+			}
+		})
+	})
+	b.SetBytes(chunk)
+	b.ReportAllocs()
+	b.ResetTimer()
+	on[0].Do(func() {
+		ends[0].Notify(func() {
+			for sent < total {
+				room := ends[0].Reserve(total - sent)
+				if len(room) == 0 {
+					return
+				}
+				n := copy(room, src)
+				ends[0].Commit(n)
+				sent += n
+			}
+		})
+	})
+	<-done
+}
+
+// conns are what else could carry bytes from thread to thread.
+var conns = map[string]func(testing.TB) (a, b net.Conn){
+	"net.Pipe": func(testing.TB) (a, b net.Conn) { return net.Pipe() },
+	"loopback": func(t testing.TB) (a, b net.Conn) {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		if a, err = net.Dial("tcp", l.Addr().String()); err == nil {
+			b, err = l.Accept()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a, b
+	},
+}
+
+func connRequest(b *testing.B, dial func(testing.TB) (x, y net.Conn), size int) {
+	x, y := dial(b)
+	defer x.Close()
+	defer y.Close()
+	go func() {
+		buf := make([]byte, size)
+		for {
+			if _, err := io.ReadFull(y, buf); err != nil {
+				return
+			}
+			_, _ = y.Write(buf)
+		}
+	}()
+	buf := make([]byte, size)
+	b.ReportAllocs()
+	for b.Loop() {
+		_, _ = x.Write(buf)
+		if _, err := io.ReadFull(x, buf); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func connBulk(b *testing.B, dial func(testing.TB) (x, y net.Conn)) {
+	x, y := dial(b)
+	defer x.Close()
+	defer y.Close()
+	src, dst := make([]byte, 64<<10), make([]byte, 64<<10)
+	go func() {
+		for {
+			if _, err := x.Write(src); err != nil {
+				return
+			}
+		}
+	}()
+	b.SetBytes(int64(len(dst)))
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := io.ReadFull(y, dst); err != nil {
+			b.Fatal(err)
 		}
 	}
 }

@@ -404,6 +404,7 @@ type app struct {
 	rng      *rand.Rand
 	left     int
 	most     int // at once
+	resetAt  int // of left; 0: never
 	sent     hash.Hash
 	received hash.Hash
 	closed   bool
@@ -420,6 +421,12 @@ func (a *app) run() {
 		n, err := a.end.Write(p)
 		a.sent.Write(p[:n])
 		a.left -= n
+		if a.left < a.resetAt {
+			a.end.Reset(errReset)
+			a.end.Notify(nil)
+			a.done <- errReset
+			return
+		}
 		if err != nil {
 			break
 		}
@@ -436,6 +443,10 @@ func (a *app) run() {
 		if err == io.EOF && a.closed {
 			a.end.Notify(nil)
 			a.done <- nil
+		}
+		if errors.Is(err, splice.ErrReset) {
+			a.end.Notify(nil)
+			a.done <- err
 		}
 		if err != nil {
 			return

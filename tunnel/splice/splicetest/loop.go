@@ -22,6 +22,7 @@ type Loop struct {
 
 	// Owned by run.
 	soon, last queue
+	spare      []func() // storage for posted
 }
 
 var _ splice.Loop = (*Loop)(nil)
@@ -111,9 +112,10 @@ func (l *Loop) run() {
 func (l *Loop) pass() bool {
 	l.mu.Lock()
 	posted := l.posted
-	l.posted = nil
+	l.posted, l.spare = l.spare[:0], posted
 	l.mu.Unlock()
-	for _, f := range posted {
+	for i, f := range posted {
+		posted[i] = nil
 		f()
 	}
 	worked := len(posted) > 0
@@ -144,13 +146,14 @@ func (q *queue) push(t *splice.Task) {
 }
 
 func (q *queue) pop() *splice.Task {
-	if q.head == len(q.tasks) {
-		q.tasks, q.head = q.tasks[:0], 0
+	if len(q.tasks) == 0 {
 		return nil
 	}
 	t := q.tasks[q.head]
 	q.tasks[q.head] = nil
-	q.head++
+	if q.head++; q.head == len(q.tasks) {
+		q.tasks, q.head = q.tasks[:0], 0
+	}
 	t.Queued = false
 	return t
 }
