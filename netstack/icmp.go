@@ -17,6 +17,10 @@ import (
 // icmpBatch bounds how many errors are read from a socket at a time.
 const icmpBatch = 16
 
+// icmpSize is how much of an error is read, in bytes: no error is longer.
+// https://www.rfc-editor.org/rfc/rfc4443#section-3.1
+const icmpSize = 1280
+
 // An icmpSocket is a raw ICMP socket of the pod's namespace. Only TCP crosses
 // the device, so ICMP errors about the connections made here reach the pod's
 // kernel; without a copy of them an unreachable host would look like one that
@@ -25,7 +29,6 @@ type icmpSocket struct {
 	file *os.File
 	fd   int
 	v6   bool
-	buf  [1280]byte
 }
 
 func newICMPSocket(f *os.File) (*icmpSocket, error) {
@@ -71,19 +74,20 @@ func (s *Stack) unwatchICMP() {
 
 // readICMP takes what waits in a socket.
 func (s *Stack) readICMP(sock *icmpSocket) {
+	buf := s.reader.scratch[:icmpSize]
 	for range icmpBatch {
-		n, from, err := unix.Recvfrom(sock.fd, sock.buf[:], unix.MSG_DONTWAIT)
+		n, from, err := unix.Recvfrom(sock.fd, buf, unix.MSG_DONTWAIT)
 		if err != nil {
 			return
 		}
 		s.counters.icmp.Add(1)
 		switch a := from.(type) {
 		case *unix.SockaddrInet4:
-			s.deliverError(sock.buf[:n], header.IPv4ProtocolNumber, ipv4Quote)
+			s.deliverError(buf[:n], header.IPv4ProtocolNumber, ipv4Quote)
 		case *unix.SockaddrInet6:
 			// The kernel keeps the IPv6 header to itself: the error is about a
 			// packet of the pod, so that is whom it was sent to.
-			if b := s.withIPv6Header(sock.buf[:n], netip.AddrFrom16(a.Addr)); b != nil {
+			if b := s.withIPv6Header(buf[:n], netip.AddrFrom16(a.Addr)); b != nil {
 				s.deliverError(b, header.IPv6ProtocolNumber, ipv6Quote)
 			}
 		}

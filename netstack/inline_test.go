@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// What finish mirrors or calls by linkname, and the hash of its source in the
+// What is mirrored or called by linkname, and the hash of its source in the
 // gVisor this was checked against. After an upgrade: read the functions anew,
 // make finish say what handleConnected says, then write the new hash down.
 var mirrored = []struct{ file, name, hash string }{
@@ -26,6 +26,11 @@ var mirrored = []struct{ file, name, hash string }{
 	{"endpoint.go", "LockUser", "f7839d6579895c6c"},
 	{"endpoint.go", "UnlockUser", "37c87f4aca956e5d"},
 	{"endpoint.go", "connected", "b3b2e709ab98cf02"},
+	// What initDispatcher and open count on.
+	{"dispatcher.go", "init", "ffd98ece95d0b304"},
+	{"dispatcher.go", "startLocked", "9beb2b904f290163"},
+	{"endpoint.go", "registerEndpoint", "82e38ba811828b3f"},
+	{"endpoint.go", "cleanupLocked", "fa820e86e0f4038d"},
 }
 
 func TestMirroredFunctionsAreUnchanged(t *testing.T) {

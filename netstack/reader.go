@@ -28,6 +28,7 @@ type reader struct {
 	epfd   int
 	evfd   int
 	done   chan struct{}
+	shared *shared
 
 	pods     atomic.Int64 // stacks, for leastLoaded
 	sleeping atomic.Bool  // about to wait, or waiting
@@ -69,6 +70,7 @@ func newReader(e *Engine, index int) (*reader, error) {
 	r := &reader{
 		engine: e, index: index, epfd: epfd, evfd: evfd,
 		done:    make(chan struct{}),
+		shared:  newShared(),
 		stacks:  map[*Stack]struct{}{},
 		watched: map[int]*Stack{},
 		errors:  map[int]func(){},

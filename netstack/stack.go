@@ -9,8 +9,6 @@ import (
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
-	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
-	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
@@ -81,10 +79,7 @@ func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 	}
 	s.bypass.init(cfg.Older)
 	s.link = &link{stack: s}
-	s.gv = stack.New(stack.Options{
-		NetworkProtocols:   []stack.NetworkProtocolFactory{ipv4.NewProtocol, ipv6.NewProtocol},
-		TransportProtocols: []stack.TransportProtocolFactory{tcp.NewProtocol},
-	})
+	s.gv = r.shared.newGVisor(&s.cfg)
 	if err := s.configure(); err != nil {
 		s.gv.Destroy()
 		return nil, err
