@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"math/rand/v2"
 	"net/netip"
 	"syscall"
 	"time"
@@ -57,59 +58,67 @@ func (s *Stack) Dial(src, dst netip.AddrPort, timeout time.Duration, done func(s
 	return d.cancel
 }
 
-// bindTries bounds how often a free port is asked for again.
-const bindTries = 8
+// The ports that a dial without one takes, as gVisor's own.
+const (
+	firstPort = 16000
+	lastPort  = 65535
+	// portTries bounds how many are looked at.
+	portTries = 1024
+)
 
-// open makes and binds the endpoint, and completes the flow's key.
+// open makes the endpoint and completes the flow's key with a port that is free.
 func (f *Flow) open(src, dst netip.AddrPort) error {
-	for range bindTries {
-		own, err := f.bind(src, dst)
-		if err != nil {
-			return err
-		}
-		f.key = tupleOf(dst, own)
-		old := f.stack.flows[f.key]
-		if old == nil {
-			return nil
-		}
-		// gVisor gives a port back as soon as its connection is over, which we
-		// may not have been told yet.
-		if old.isOver() {
-			old.drop()
-			return nil
-		}
-		f.ep.Close()
-		if src.Port() != 0 {
-			break
-		}
-	}
-	return syscall.EADDRINUSE
-}
-
-// bind makes the endpoint and returns the address that it was bound to.
-func (f *Flow) bind(src, dst netip.AddrPort) (own netip.AddrPort, _ error) {
-	ep, err := f.stack.gv.NewEndpoint(tcp.ProtocolNumber, networkProtocol(dst.Addr()), &f.wq)
+	own, err := f.stack.freePort(src, dst)
 	if err != nil {
-		return own, flowError("dial", err)
+		return err
 	}
+	ep, e := f.stack.gv.NewEndpoint(tcp.ProtocolNumber, networkProtocol(dst.Addr()), &f.wq)
+	if e != nil {
+		return flowError("dial", e)
+	}
+	f.key = tupleOf(dst, own)
 	f.ep = ep.(*tcp.Endpoint)
-	// One client may talk to two ports of the pod from one port of its own.
-	f.ep.SocketOptions().SetReuseAddress(src.Port() != 0)
-	err = f.ep.Bind(fullAddress(src))
-	if err == nil {
-		var local tcpip.FullAddress
-		if local, err = f.ep.GetLocalAddress(); err == nil {
-			return netip.AddrPortFrom(src.Addr(), local.Port), nil
-		}
-	}
-	f.ep.Close()
-	return own, flowError("bind", err)
+	// Not Bind: that would reserve the port for all destinations and take 1.5 KiB
+	// of maps. Nobody else sees the endpoint yet.
+	f.ep.TransportEndpointInfo.ID.LocalAddress = tcpip.AddrFromSlice(own.Addr().AsSlice())
+	f.ep.TransportEndpointInfo.ID.LocalPort = own.Port()
+	return nil
 }
 
-// isOver says that the endpoint sends and receives nothing any more.
-func (f *Flow) isOver() bool {
-	switch f.ep.EndpointState() {
-	case tcp.StateClose, tcp.StateError, tcp.StateTimeWait:
+// freePort completes src with a port from which dst has no connection, or says
+// whether src's own is free.
+func (s *Stack) freePort(src, dst netip.AddrPort) (netip.AddrPort, error) {
+	if src.Port() != 0 {
+		if !s.isFree(tupleOf(dst, src)) {
+			return src, syscall.EADDRINUSE
+		}
+		return src, nil
+	}
+	const ports = lastPort - firstPort + 1
+	first := rand.N(uint32(ports))
+	for i := range uint32(portTries) {
+		own := netip.AddrPortFrom(src.Addr(), uint16(firstPort+(first+i)%ports))
+		if s.isFree(tupleOf(dst, own)) {
+			return own, nil
+		}
+	}
+	return src, syscall.EADDRINUSE
+}
+
+// isFree says that a connection may be made whose peer's packets show key.
+func (s *Stack) isFree(key tuple) bool {
+	if s.pending[key] != nil || s.bypass.flows[key] != nil || s.bypass.flows[key.reverse()] != nil {
+		return false
+	}
+	old := s.flows[key]
+	if old == nil {
+		return true
+	}
+	switch old.ep.EndpointState() {
+	case tcp.StateClose, tcp.StateError:
+		// gVisor has forgotten the connection, of which we may not have been
+		// told yet. One in TIME_WAIT it still knows.
+		old.drop()
 		return true
 	}
 	return false
