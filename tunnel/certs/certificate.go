@@ -20,12 +20,12 @@ type Certificate struct {
 	ID        identity.ID
 	Leaf      *x509.Certificate
 	Chain     []*x509.Certificate // Leaf first, then the intermediates; no root
-	Roots     []*x509.Certificate // every root that peers may chain to
+	Roots     []*x509.Certificate // every root that peers may chain to; shared
 	NotBefore time.Time           // of Leaf
 	NotAfter  time.Time           // of Leaf
 
 	pair    tls.Certificate
-	roots   *x509.CertPool
+	roots   *x509.CertPool // shared
 	pqcOnly bool
 	server  func() *tls.Config
 }
@@ -33,7 +33,7 @@ type Certificate struct {
 // New makes a Certificate of what a CA returned for the key of a request (see
 // CA.Sign, NewRequest), if it is for id and key, and valid at now.
 func New(id identity.ID, key *ecdsa.PrivateKey, elements [][]byte, now time.Time) (*Certificate, error) {
-	parsed, err := parseChain(elements)
+	parsed, err := parseChain(elements, new(bundleCache))
 	if err == nil {
 		err = parsed.check(id, &key.PublicKey, now)
 	}
@@ -49,18 +49,15 @@ func (c chain) certificate(id identity.ID, key *ecdsa.PrivateKey, pqcOnly bool) 
 		ID:        id,
 		Leaf:      leaf,
 		Chain:     c.certs,
-		Roots:     c.roots,
+		Roots:     c.roots.certs,
 		NotBefore: leaf.NotBefore,
 		NotAfter:  leaf.NotAfter,
 		pair:      tls.Certificate{PrivateKey: key, Leaf: leaf},
-		roots:     x509.NewCertPool(),
+		roots:     c.roots.pool,
 		pqcOnly:   pqcOnly,
 	}
 	for _, cert := range c.certs {
 		out.pair.Certificate = append(out.pair.Certificate, cert.Raw)
-	}
-	for _, root := range c.roots {
-		out.roots.AddCert(root)
 	}
 	out.server = sync.OnceValue(out.newServerTLS)
 	return out

@@ -8,6 +8,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/ztun/ztun/tunnel/identity"
@@ -34,16 +35,45 @@ var (
 
 // A chain is what a CA returned, parsed.
 type chain struct {
-	certs   []*x509.Certificate // leaf first
-	roots   []*x509.Certificate
-	skipped int // roots that do not parse
+	certs []*x509.Certificate // leaf first
+	roots *bundle
+}
+
+// A bundle is the roots of a CA, parsed. It is immutable.
+type bundle struct {
+	text    []byte
+	certs   []*x509.Certificate
+	pool    *x509.CertPool // of certs
+	skipped int            // roots that do not parse
+}
+
+func parseBundle(text []byte) *bundle {
+	b := &bundle{text: text, pool: x509.NewCertPool()}
+	b.certs, b.skipped = parsePEM(text)
+	for _, root := range b.certs {
+		b.pool.AddCert(root)
+	}
+	return b
+}
+
+// A bundleCache keeps the last bundle: all identities of a CA have the same
+// roots, which parsed take 3.5 KiB and more. The zero value is ready for use.
+type bundleCache struct{ last atomic.Pointer[bundle] }
+
+func (c *bundleCache) parse(text []byte) *bundle {
+	if b := c.last.Load(); b != nil && bytes.Equal(b.text, text) {
+		return b
+	}
+	b := parseBundle(bytes.Clone(text))
+	c.last.Store(b)
+	return b
 }
 
 // parseChain reads what CA.Sign returned: the first element holds the leaf,
 // the last the root bundle, those between one intermediate each. More than one
 // certificate in an element that should hold one are taken as intermediates;
 // a root that does not parse is skipped and counted.
-func parseChain(elements [][]byte) (chain, error) {
+func parseChain(elements [][]byte, bundles *bundleCache) (chain, error) {
 	var c chain
 	size := 0
 	for _, e := range elements {
@@ -65,11 +95,11 @@ func parseChain(elements [][]byte) (chain, error) {
 		}
 		c.certs = append(c.certs, certs...)
 	}
-	c.roots, c.skipped = parsePEM(elements[last])
+	c.roots = bundles.parse(elements[last])
 	switch {
-	case len(c.roots) == 0:
+	case len(c.roots.certs) == 0:
 		return c, errNoUsableRoot
-	case len(c.certs) > 1+maxIntermediates || len(c.roots) > maxRoots:
+	case len(c.certs) > 1+maxIntermediates || len(c.roots.certs) > maxRoots:
 		return c, errTooLarge
 	}
 	return c, nil

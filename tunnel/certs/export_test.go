@@ -10,6 +10,9 @@ var RetryIn = retryIn
 
 // ParseChain is parseChain, as far as the fuzz test looks.
 func ParseChain(elements [][]byte) (certs, roots, skipped int, err error) {
-	c, err := parseChain(elements)
-	return len(c.certs), len(c.roots), c.skipped, err
+	c, err := parseChain(elements, new(bundleCache))
+	if c.roots == nil {
+		c.roots = &bundle{}
+	}
+	return len(c.certs), len(c.roots.certs), c.roots.skipped, err
 }

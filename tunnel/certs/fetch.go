@@ -82,15 +82,15 @@ func (m *Manager) sign(ctx context.Context, e *entry) (*Certificate, error) {
 		}
 		return nil, fmt.Errorf("certs: sign: %w", err)
 	}
-	parsed, err := parseChain(elements)
+	parsed, err := parseChain(elements, &m.bundles)
 	if err == nil {
 		err = parsed.check(e.id, &key.PublicKey, time.Now())
 	}
 	if err != nil {
 		return nil, fmt.Errorf("certs: answer of CA: %w", err)
 	}
-	if parsed.skipped > 0 {
-		m.cfg.Log.Warn("roots of CA skipped: they do not parse", "identity", e.id, "skipped", parsed.skipped, "used", len(parsed.roots))
+	if roots := parsed.roots; roots.skipped > 0 {
+		m.cfg.Log.Warn("roots of CA skipped: they do not parse", "identity", e.id, "skipped", roots.skipped, "used", len(roots.certs))
 	}
 	cert := parsed.certificate(e.id, key, m.cfg.PQCOnly)
 	if err := cert.verifySelf(); err != nil {

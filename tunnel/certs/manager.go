@@ -74,6 +74,8 @@ type Manager struct {
 	cfg  Config
 	wake chan struct{} // one slot: there may be something to fetch
 
+	bundles bundleCache
+
 	// mu guards the fields below, and the entries.
 	mu       sync.Mutex
 	entries  map[identity.ID]*entry

@@ -564,3 +564,30 @@ func TestRunEnds(t *testing.T) {
 		}
 	})
 }
+
+func TestRootsAreHeldOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ca := certstest.New()
+		m := run(t, certs.Config{CA: ca})
+		get := func(n int) *certs.Certificate {
+			t.Helper()
+			c, err := m.Get(t.Context(), id(n), certs.RealTime)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c
+		}
+		first, second := get(1), get(2)
+		if first.Roots[0] != second.Roots[0] {
+			t.Error("two identities of one CA have each their own copy of its root")
+		}
+		ca.Rotate()
+		third := get(3)
+		if got, want := third.Roots, ca.Roots(); len(got) != len(want) || !slices.EqualFunc(got, want, (*x509.Certificate).Equal) {
+			t.Errorf("after a rotation there are %d roots, want the CA's %d", len(got), len(want))
+		}
+		if len(first.Roots) != 1 {
+			t.Errorf("a certificate from before the rotation has %d roots, want 1", len(first.Roots))
+		}
+	})
+}
