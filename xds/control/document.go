@@ -53,10 +53,14 @@ func (p path) String() string {
 type problems struct{ list []Problem }
 
 func (ps *problems) add(p Problem) {
-	if len(ps.list) == maxProblems {
-		ps.list = append(ps.list, Problem{File: p.File, Text: "more problems than are listed"})
-	}
-	if len(ps.list) < maxProblems {
+	switch len(ps.list) {
+	case maxProblems:
+		ps.list = append(ps.list, Problem{File: p.File, Text: "more problems than are listed", Warning: p.Warning})
+	case maxProblems + 1:
+		// As bad as the worst of those that are not listed.
+		last := &ps.list[maxProblems]
+		last.Warning = last.Warning && p.Warning
+	default:
 		ps.list = append(ps.list, p)
 	}
 }

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -188,7 +189,26 @@ func TestUnreadableFilesAndDirectoriesAreProblems(t *testing.T) {
 
 func TestProblemsAreBounded(t *testing.T) {
 	_, r := readYAML(strings.Repeat("---\n{}\n", 3*maxProblems))
-	if len(r.Problems) > maxProblems+1 {
-		t.Errorf("%d problems", len(r.Problems))
+	if len(r.Problems) > maxProblems+1 || r.Used {
+		t.Errorf("%d problems, used %v", len(r.Problems), r.Used)
+	}
+}
+
+// A directory is used with however many warnings, but not with an error that
+// is not listed for them.
+func TestUnlistedProblemsCount(t *testing.T) {
+	var text strings.Builder
+	for i := range maxProblems + 10 { // Without a selector.
+		fmt.Fprintf(&text, "---\napiVersion: v1\nkind: Service\nmetadata: {name: s%d}\nspec: {ports: [{port: 80}]}\n", i)
+	}
+	if _, r := readYAML(text.String()); !r.Used || len(r.Problems) != maxProblems+1 {
+		t.Errorf("warnings alone: %d problems, used %v, want %d and used: %v", len(r.Problems), r.Used, maxProblems+1, r.Err())
+	}
+	for _, errors := range []int{1, 2} {
+		// Policies are looked at after Services.
+		text.WriteString("---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p" + fmt.Sprint(errors) + "}\nspec: {rules: [{to: [{operation: {ports: [none]}}]}]}\n")
+		if _, r := readYAML(text.String()); r.Used || len(r.Problems) > maxProblems+1 {
+			t.Errorf("with %d errors behind them: %d problems, used %v, want not used", errors, len(r.Problems), r.Used)
+		}
 	}
 }
