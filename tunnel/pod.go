@@ -44,7 +44,7 @@ type Stack interface {
 // A Mesh is where a Pod reads the world; *mesh.Store is one.
 type Mesh interface {
 	Snapshot() *mesh.Snapshot
-	Watch() *mesh.Watch
+	OnChange(wake func()) (stop func())
 }
 
 var (
@@ -169,9 +169,10 @@ type Pod struct {
 	peers     *hbone.Server
 	stats     Stats
 
-	quit     chan struct{} // closed by Close
-	quitOnce sync.Once
-	watching sync.WaitGroup
+	quit      chan struct{} // closed by Close
+	quitOnce  sync.Once
+	stopWatch func()
+	changed   atomic.Bool // onMesh is posted
 
 	// Owned by the loop.
 	self     *self
@@ -238,9 +239,8 @@ func NewPod(cfg Config) (*Pod, error) {
 		MaxConns:      cfg.Limits.Tunnels,
 		MaxHandshakes: cfg.Limits.Handshakes,
 	})
-	watch := cfg.Mesh.Watch()
-	p.watching.Go(func() { p.watchMesh(watch) })
-	p.loop.Post(p.onMesh)
+	p.stopWatch = cfg.Mesh.OnChange(p.meshChanged)
+	p.meshChanged()
 	return p, nil
 }
 
@@ -308,6 +308,7 @@ func (p *Pod) Close() {
 		done := make(chan struct{})
 		p.loop.Post(func() { p.teardown(); close(done) })
 		close(p.quit)
+		p.stopWatch()
 		p.certs.Close()
 		timer := time.NewTimer(closeTimeout)
 		defer timer.Stop()
@@ -316,7 +317,6 @@ func (p *Pod) Close() {
 		case <-timer.C:
 		}
 	})
-	p.watching.Wait()
 	p.certs.Wait()
 }
 

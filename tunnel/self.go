@@ -125,21 +125,17 @@ func (p *Pod) serverTLS(done func(*tls.Config, error)) (cancel func()) {
 	}
 }
 
-// watchMesh tells the loop of every change, until Close.
-func (p *Pod) watchMesh(watch *mesh.Watch) {
-	defer watch.Stop()
-	for {
-		select {
-		case <-watch.C:
-			p.loop.Post(p.onMesh)
-		case <-p.quit:
-			return
-		}
+// meshChanged has the loop look at the mesh. A pod has no goroutine of its own
+// to wait for that.
+func (p *Pod) meshChanged() {
+	if !p.changed.Swap(true) {
+		p.loop.Post(p.onMesh)
 	}
 }
 
 // onMesh looks again at everything that lives, since the mesh has changed.
 func (p *Pod) onMesh() {
+	p.changed.Store(false)
 	if p.closed {
 		return
 	}

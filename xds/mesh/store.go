@@ -3,7 +3,9 @@ package mesh
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -32,8 +34,11 @@ type Store struct {
 
 	// mu guards the field below.
 	mu       sync.Mutex
-	watchers map[*Watch]struct{}
+	watchers map[*watcher]struct{}
 }
+
+// A watcher has its function called after a change.
+type watcher struct{ wake func() }
 
 // NewStore returns a Store of an empty mesh.
 func NewStore(config Config) *Store {
@@ -43,7 +48,7 @@ func NewStore(config Config) *Store {
 	if config.Rand == nil {
 		config.Rand = rand.Uint64N
 	}
-	s := &Store{config: config, watchers: make(map[*Watch]struct{})}
+	s := &Store{config: config, watchers: make(map[*watcher]struct{})}
 	s.current.Store(&Snapshot{config: &s.config})
 	return s
 }
@@ -51,32 +56,43 @@ func NewStore(config Config) *Store {
 // Snapshot returns the mesh as it is now; never nil.
 func (s *Store) Snapshot() *Snapshot { return s.current.Load() }
 
+// OnChange calls wake whenever the snapshot has changed after OnChange has
+// returned, until stop is called; a call that has begun by then is not waited
+// for. wake may be called from any goroutine and must not block.
+func (s *Store) OnChange(wake func()) (stop func()) {
+	w := &watcher{wake}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.watchers[w] = struct{}{}
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.watchers, w)
+	}
+}
+
 // A Watch gets a wake-up when the snapshot has changed.
 type Watch struct {
 	// C holds at most one wake-up; several changes may share it.
 	C <-chan struct{}
 
-	c     chan struct{}
-	store *Store
+	stop func()
 }
 
 // Watch begins to watch. A change after Watch returns wakes; one before may not.
 // Stop must be called.
 func (s *Store) Watch() *Watch {
 	c := make(chan struct{}, 1)
-	w := &Watch{C: c, c: c, store: s}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.watchers[w] = struct{}{}
-	return w
+	return &Watch{C: c, stop: s.OnChange(func() {
+		select {
+		case c <- struct{}{}:
+		default:
+		}
+	})}
 }
 
 // Stop ends the watch. It is idempotent.
-func (w *Watch) Stop() {
-	w.store.mu.Lock()
-	defer w.store.mu.Unlock()
-	delete(w.store.watchers, w)
-}
+func (w *Watch) Stop() { w.stop() }
 
 // WaitLocal returns the local workload with this name, namespace and service
 // account, waiting for it until ctx ends.
@@ -100,11 +116,9 @@ func (s *Store) publish(next *Snapshot) {
 	next.Version++
 	s.current.Store(next)
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for w := range s.watchers {
-		select {
-		case w.c <- struct{}{}:
-		default:
-		}
+	watchers := slices.Collect(maps.Keys(s.watchers))
+	s.mu.Unlock()
+	for _, w := range watchers {
+		w.wake()
 	}
 }

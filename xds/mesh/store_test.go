@@ -143,3 +143,24 @@ func maxSharedFor(t *testing.T, w world) *pbWorkload {
 	w.publish(e.next)
 	return pod("ns", "7", "10.0.0.1")
 }
+
+func TestOnChange(t *testing.T) {
+	w := newWorld(t, Config{})
+	calls := 0
+	stop := w.OnChange(func() {
+		if w.Snapshot().Version == 0 {
+			t.Error("called before the change is to be seen")
+		}
+		calls++
+	})
+	w.put(pod("ns", "a", "10.0.0.1"))
+	w.put(pod("ns", "b", "10.0.0.2"))
+	if calls != 2 {
+		t.Errorf("%d calls for two changes", calls)
+	}
+	stop()
+	w.put(pod("ns", "c", "10.0.0.3"))
+	if calls != 2 {
+		t.Errorf("%d calls, of them some after stop", calls)
+	}
+}
