@@ -10,7 +10,7 @@ import (
 var (
 	fabricPrefix4 = netip.MustParsePrefix("172.30.0.0/16")
 	fabricPrefix6 = netip.MustParsePrefix("fd00:30::/64")
-	podPrefix4    = netip.MustParsePrefix("10.244.0.0/16")
+	podPrefix4    = netip.MustParsePrefix("10.240.0.0/12")
 	podPrefix6    = netip.MustParsePrefix("fd00:244::/32")
 	// outsidePrefixes are on the far side of the fabric: not in the mesh and
 	// not in the cluster.
@@ -18,8 +18,9 @@ var (
 )
 
 const (
-	maxNodes       = 200
-	maxPodsPerNode = 240
+	maxNodes = 200
+	// maxPodsPerNode is what a bridge has ports for.
+	maxPodsPerNode = 1020
 )
 
 // host returns the n-th address of a prefix.
@@ -46,11 +47,12 @@ const (
 // podSubnets returns the pod prefixes of the n-th node, counted from 0.
 func podSubnets(n int) []netip.Prefix {
 	b4 := podPrefix4.Addr().As4()
-	b4[2] = byte(n + 1)
+	b4[1] += byte((n + 1) >> 5)
+	b4[2] = byte((n + 1) << 3)
 	b6 := podPrefix6.Addr().As16()
 	b6[5] = byte(n + 1)
 	return []netip.Prefix{
-		netip.PrefixFrom(netip.AddrFrom4(b4), 24),
+		netip.PrefixFrom(netip.AddrFrom4(b4), 21),
 		netip.PrefixFrom(netip.AddrFrom16(b6), 64),
 	}
 }

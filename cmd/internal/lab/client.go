@@ -2,6 +2,7 @@ package lab
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -69,14 +70,24 @@ func (l *Lab) Logs(ctx context.Context, target string, follow bool, out *os.File
 
 // Status describes the lab.
 func (l *Lab) Status(ctx context.Context) (*Status, error) {
-	r, err := l.ask(ctx, request{Op: "status"}, Stdio{})
+	// Through a pipe: a thousand pods do not fit into a packet.
+	from, to, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("lab: %w", err)
+	}
+	defer from.Close()
+	status := &Status{}
+	decoded := make(chan error, 1)
+	go func() { decoded <- json.NewDecoder(from).Decode(status) }()
+	_, err = l.ask(ctx, request{Op: "status"}, Stdio{Out: to})
+	to.Close()
 	if err != nil {
 		return nil, err
 	}
-	if r.Status == nil {
-		return nil, errors.New("lab: no status in the reply")
+	if err := <-decoded; err != nil {
+		return nil, fmt.Errorf("lab: status: %w", err)
 	}
-	return r.Status, nil
+	return status, nil
 }
 
 // Kill sends a signal to a process (proxy/NODE, attach/NODE, control) or a

@@ -247,6 +247,35 @@ func TestPodsTalkByName(t *testing.T) {
 	}
 }
 
+// A status has room for more than a packet has, and says where things are.
+func TestStatusOfManyServices(t *testing.T) {
+	const many = 1500
+	var text strings.Builder
+	text.WriteString(plainMesh)
+	for i := range many {
+		fmt.Fprintf(&text, "---\n{apiVersion: v1, kind: Service, metadata: {name: a-name-that-is-not-short-%d}, spec: {selector: {app: server}, ports: [{port: 8080}]}}\n", i)
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "mesh.yaml"), []byte(text.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	l := start(t, Options{Dir: dir})
+	status, err := l.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := len(status.Service); got < many {
+		t.Errorf("%d services, want %d and more", got, many)
+	}
+	inside, _ := run(t, l, "client", "readlink", "/proc/self/ns/net")
+	if outside, _ := run(t, l, "fabric", "stat", "-L", "-c", "net:[%i]", status.Pods[0].Netns); outside != inside || inside == "" {
+		t.Errorf("the client is in %q, and its path leads to %q", inside, outside)
+	}
+	if out, _ := run(t, l, "fabric", "ls", status.Config); !strings.Contains(out, renderedFile) {
+		t.Errorf("the control plane reads %q, want %s among it", out, renderedFile)
+	}
+}
+
 func TestDownLeavesNothing(t *testing.T) {
 	l := start(t, Options{Files: map[string]string{"mesh.yaml": plainMesh}})
 	pids := members(t, l)

@@ -16,8 +16,8 @@ import (
 // control plane, and routes between the nodes' pod subnets.
 //
 //	fabric   br0 (172.30.0.1) -- m1 control, m10.. nodes
-//	node     eth0 (fabric), cni0 (10.244.N.1) -- p0, p1 ...
-//	pod      eth0 (10.244.N.2 ...), default via cni0
+//	node     eth0 (fabric), cni0 (10.240.8.1, the next node's 10.240.16.1 ...) -- p0, p1 ...
+//	pod      eth0 (10.240.8.2 ...), default via cni0
 type network struct {
 	dir    string // Where namespaces are mounted.
 	fabric *space

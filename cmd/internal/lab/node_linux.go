@@ -287,7 +287,7 @@ func (s *supervisor) startControl(ctx context.Context, first *spec) error {
 	}
 	listen := netip.AddrPortFrom(fabricAddrs(fabricControl)[0], controlPort).String()
 	p := &process{name: "control", kind: "control", policy: restartAlways, space: space, command: func() (*exec.Cmd, error) {
-		cmd := exec.Command("/proc/self/exe", "control", "--dir", filepath.Join(runtimeDir, "config"), "--state", controlState, "--listen", listen)
+		cmd := exec.Command("/proc/self/exe", "control", "--dir", configDir, "--state", controlState, "--listen", listen)
 		cmd.Env = []string{}
 		return cmd, nil
 	}}

@@ -3,6 +3,7 @@ package lab
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -80,8 +81,10 @@ func sameUser(conn *net.UnixConn) error {
 func (s *supervisor) handle(ctx context.Context, cancel func(), conn *net.UnixConn, r request, files []*os.File) (reply, error) {
 	switch r.Op {
 	case "status":
-		status := s.status()
-		return reply{Status: &status}, nil
+		if err := json.NewEncoder(files[1]).Encode(s.status()); err != nil {
+			return reply{}, fmt.Errorf("lab: status: %w", err)
+		}
+		return reply{}, nil
 	case "exec":
 		code, err := s.exec(conn, r, files)
 		return reply{Code: code}, err
@@ -295,7 +298,7 @@ func (s *supervisor) machineSpace(target string) *space {
 // status describes the whole lab.
 func (s *supervisor) status() Status {
 	s.mu.Lock()
-	st := Status{Name: s.order.Name, Dir: s.order.Dir, Problem: s.problem}
+	st := Status{Name: s.order.Name, Dir: s.order.Dir, Config: configDir, Problem: s.problem}
 	spec, control := s.spec, s.control
 	s.mu.Unlock()
 	if control != nil {
@@ -308,7 +311,7 @@ func (s *supervisor) status() Status {
 	}
 	for _, p := range s.sortedPods() {
 		spec := p.spec.Load()
-		ps := PodStatus{Namespace: spec.Namespace, Name: spec.Name, Node: p.node.name, Addresses: spec.Addrs, Enrolled: spec.Enrolled}
+		ps := PodStatus{Namespace: spec.Namespace, Name: spec.Name, Node: p.node.name, Addresses: spec.Addrs, Enrolled: spec.Enrolled, Netns: p.space.path}
 		if state, ok := p.node.feed.state(p.uid); ok {
 			ps.Phase, ps.Error = string(state.Phase), state.Error
 		}

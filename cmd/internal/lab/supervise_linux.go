@@ -22,6 +22,9 @@ const runtimeDir = runtimeMount + "/ztun"
 // customary "nonroot" of images.
 const proxyUser = 65532
 
+// configDir is what the control plane reads.
+const configDir = runtimeDir + "/config"
+
 // A supervisor is the process that makes and keeps a lab.
 type supervisor struct {
 	// Set by newSupervisor, read-only after.
@@ -106,7 +109,7 @@ func supervise(text string, tell func(report)) error {
 }
 
 func newSupervisor(order instructions, tell func(report)) (*supervisor, error) {
-	for _, dir := range []string{runtimeDir, filepath.Join(runtimeDir, "config"), filepath.Join(runtimeDir, "nodes"), filepath.Join(runtimeDir, "pods")} {
+	for _, dir := range []string{runtimeDir, configDir, filepath.Join(runtimeDir, "nodes"), filepath.Join(runtimeDir, "pods")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("lab: %w", err)
 		}
@@ -217,7 +220,7 @@ func (s *supervisor) apply(ctx context.Context, next *spec) error {
 
 // publish hands a spec to the control plane.
 func (s *supervisor) publish(next *spec) error {
-	return replaceFile(filepath.Join(runtimeDir, "config", renderedFile), next.rendered, 0o644, 0)
+	return replaceFile(filepath.Join(configDir, renderedFile), next.rendered, 0o644, 0)
 }
 
 // follow applies the directory again whenever it changes, until the lab ends.

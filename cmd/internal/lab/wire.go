@@ -15,7 +15,8 @@ import (
 const maxRequest = 128 << 10
 
 // A request is what a client asks of a lab: one a connection, one packet of
-// JSON, together with the client's standard input, output and error.
+// JSON, together with the client's standard input, output and error. Status
+// and logs are written to the output.
 type request struct {
 	Op     string   `json:"op"`               // exec, logs, status, kill, start, down
 	Target string   `json:"target,omitempty"` // A pod or a process.
@@ -32,15 +33,15 @@ type signalling struct {
 
 // A reply is the answer to a request.
 type reply struct {
-	Error  string  `json:"error,omitempty"`
-	Code   int     `json:"code,omitempty"` // Of exec: what the command ended with.
-	Status *Status `json:"status,omitempty"`
+	Error string `json:"error,omitempty"`
+	Code  int    `json:"code,omitempty"` // Of exec: what the command ended with.
 }
 
 // Status is a lab as seen from outside.
 type Status struct {
 	Name    string          `json:"name"`
 	Dir     string          `json:"dir"`
+	Config  string          `json:"config"`            // What the control plane reads, the lab's own file and any other.
 	Problem string          `json:"problem,omitempty"` // Why the directory as it is now is not in force.
 	Control ProcessStatus   `json:"control"`
 	Nodes   []NodeStatus    `json:"nodes"`
@@ -68,6 +69,9 @@ type PodStatus struct {
 	Phase      string          `json:"phase,omitempty"`
 	Error      string          `json:"error,omitempty"`
 	Containers []ProcessStatus `json:"containers"`
+	// Netns is the path of its network namespace, for those who are run at
+	// node/NAME, control or fabric.
+	Netns string `json:"netns"`
 }
 
 // ServiceStatus is one service.
