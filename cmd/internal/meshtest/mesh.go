@@ -7,6 +7,7 @@ package meshtest
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"runtime"
@@ -38,6 +39,7 @@ type Mesh struct {
 	T      testing.TB
 	Fabric *netnstest.NS // the bridge that joins all pods, and their gateway
 	CA     *certstest.CA
+	Log    *slog.Logger // of the engines of nodes made later; nil: none
 	nodes  []*Node
 	pods   []*Pod
 }
@@ -79,7 +81,11 @@ func (n *Node) start() {
 	// One reader a node, and two processors more, as netstack.Config asks.
 	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), len(n.mesh.nodes)+1+2))
 	var err error
-	if n.engine, err = netstack.New(netstack.Config{Readers: 1}); err != nil {
+	cfg := netstack.Config{Readers: 1}
+	if n.mesh.Log != nil {
+		cfg.Log = n.mesh.Log.With("node", n.Name)
+	}
+	if n.engine, err = netstack.New(cfg); err != nil {
 		n.mesh.T.Fatal(err)
 	}
 	n.handshakes = hbone.NewHandshakes(hbone.HandshakesConfig{})

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/netip"
 	"os"
 	"runtime"
 	"strings"
@@ -57,6 +58,12 @@ func dial(t *testing.T, p *Pod, to string) *net.TCPConn {
 // pair is both ends of one connection.
 func pair(t *testing.T, client, server *Pod) (c, s *net.TCPConn) {
 	t.Helper()
+	return pairTo(t, client, server, server.Addr)
+}
+
+// pairTo is pair to one of the server's addresses.
+func pairTo(t *testing.T, client, server *Pod, to netip.Addr) (c, s *net.TCPConn) {
+	t.Helper()
 	l := server.NS.Listen("tcp", ":9000")
 	defer l.Close()
 	accepted := make(chan *net.TCPConn, 1)
@@ -68,7 +75,7 @@ func pair(t *testing.T, client, server *Pod) (c, s *net.TCPConn) {
 		}
 		accepted <- c.(*net.TCPConn)
 	}()
-	c = dial(t, client, addr(server.Addr, 9000))
+	c = dial(t, client, addr(to, 9000))
 	s = <-accepted
 	if s == nil {
 		t.Fatal("not accepted")
@@ -86,55 +93,57 @@ func mustRead(t *testing.T, c net.Conn, want string) {
 	}
 }
 
-func TestHalfCloseBothWays(t *testing.T) {
-	paths(t, func(t *testing.T, client, server *Pod) {
-		for _, clientFirst := range []bool{true, false} {
+func TestHalfCloseBothWays(t *testing.T) { paths(t, halfCloseBothWays) }
+
+func halfCloseBothWays(t *testing.T, client, server *Pod) {
+	t.Helper()
+	for _, clientFirst := range []bool{true, false} {
+		c, s := pair(t, client, server)
+		first, second := c, s
+		if !clientFirst {
+			first, second = s, c
+		}
+		io.WriteString(first, "last words")
+		first.CloseWrite()
+		b, err := io.ReadAll(second)
+		if string(b) != "last words" || err != nil {
+			t.Fatalf("read %q, %v", b, err)
+		}
+		io.WriteString(second, "still here")
+		mustRead(t, first, "still here")
+		second.CloseWrite()
+		if _, err := first.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("client first %v: %v, want EOF", clientFirst, err)
+		}
+	}
+}
+
+func TestResetBothWays(t *testing.T) { paths(t, resetBothWays) }
+
+func resetBothWays(t *testing.T, client, server *Pod) {
+	t.Helper()
+	for _, clientFirst := range []bool{true, false} {
+		for _, halfClosed := range []bool{false, true} {
 			c, s := pair(t, client, server)
 			first, second := c, s
 			if !clientFirst {
 				first, second = s, c
 			}
-			io.WriteString(first, "last words")
-			first.CloseWrite()
-			b, err := io.ReadAll(second)
-			if string(b) != "last words" || err != nil {
-				t.Fatalf("read %q, %v", b, err)
+			io.WriteString(first, "x")
+			mustRead(t, second, "x")
+			if halfClosed {
+				second.CloseWrite()
+				if _, err := first.Read(make([]byte, 1)); err != io.EOF {
+					t.Fatal(err)
+				}
 			}
-			io.WriteString(second, "still here")
-			mustRead(t, first, "still here")
-			second.CloseWrite()
-			if _, err := first.Read(make([]byte, 1)); err != io.EOF {
-				t.Errorf("client first %v: %v, want EOF", clientFirst, err)
-			}
-		}
-	})
-}
-
-func TestResetBothWays(t *testing.T) {
-	paths(t, func(t *testing.T, client, server *Pod) {
-		for _, clientFirst := range []bool{true, false} {
-			for _, halfClosed := range []bool{false, true} {
-				c, s := pair(t, client, server)
-				first, second := c, s
-				if !clientFirst {
-					first, second = s, c
-				}
-				io.WriteString(first, "x")
-				mustRead(t, second, "x")
-				if halfClosed {
-					second.CloseWrite()
-					if _, err := first.Read(make([]byte, 1)); err != io.EOF {
-						t.Fatal(err)
-					}
-				}
-				first.SetLinger(0)
-				first.Close()
-				if _, err := io.ReadAll(second); !errors.Is(err, syscall.ECONNRESET) {
-					t.Errorf("client first %v, half-closed %v: %v, want ECONNRESET", clientFirst, halfClosed, err)
-				}
+			first.SetLinger(0)
+			first.Close()
+			if _, err := io.ReadAll(second); !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("client first %v, half-closed %v: %v, want ECONNRESET", clientFirst, halfClosed, err)
 			}
 		}
-	})
+	}
 }
 
 func TestServerSpeaksFirst(t *testing.T) {
@@ -159,7 +168,12 @@ func bulkSize() int64 {
 func TestBulkBothWaysByHash(t *testing.T) {
 	w := newTwo(t)
 	c, s := pair(t, w.client, w.server)
-	size := bulkSize()
+	bulkBothWays(t, c, s, bulkSize())
+}
+
+// bulkBothWays sends size bytes each way at once and compares hashes.
+func bulkBothWays(t *testing.T, c, s *net.TCPConn, size int64) {
+	t.Helper()
 	c.SetDeadline(time.Now().Add(5 * time.Minute))
 	s.SetDeadline(time.Now().Add(5 * time.Minute))
 	var wg sync.WaitGroup
