@@ -69,8 +69,7 @@ type line struct {
 	path    Path
 	n       uint64        // packets so far
 	free    time.Duration // when all that waits for Rate is through
-	last    time.Duration // due of the newest in queue
-	queue   []item        // in order
+	queue   []item        // goes in order, so none before the first is due
 	held    []item        // taken from the queue, to be overtaken
 	waiting int           // bytes in both
 	stats   Stats
@@ -111,8 +110,7 @@ func (l *line) put(now time.Duration, p packet, twin func([]byte) []byte) bool {
 		return false
 	}
 	due += path.Delay + time.Duration(l.draw(drawJitter)*float64(path.Jitter))
-	l.last = max(l.last, due)
-	it := item{packet: p, due: l.last}
+	it := item{packet: p, due: due}
 	if l.draw(drawReorder) < path.Reorder {
 		l.stats.Reordered++
 		it.overtake = 1 + int(l.draw(drawOvertakes)*maxOvertakes)
@@ -120,7 +118,7 @@ func (l *line) put(now time.Duration, p packet, twin func([]byte) []byte) bool {
 	l.push(it)
 	if l.draw(drawDuplicate) < path.Duplicate {
 		l.stats.Duplicated++
-		l.push(item{packet: packet{p.h, twin(p.b)}, due: l.last})
+		l.push(item{packet: packet{p.h, twin(p.b)}, due: due})
 	}
 	return true
 }

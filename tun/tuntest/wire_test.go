@@ -124,18 +124,33 @@ func TestWireCarriesBothWays(t *testing.T) {
 
 func TestWireWaitsForAFullEnd(t *testing.T) {
 	a, b, w := tuntest.WiredPair(t, tuntest.Options{})
-	const n = 50_000 // a socket takes a few hundred at once without privilege
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		send(t, w, a, n)
-	}()
-	arrived(t, w, 100)
-	got := collect(t, b)
-	<-done
-	if len(got) != n || !slices.IsSorted(got) {
-		t.Errorf("%d of %d packets came", len(got), n)
+	n := fill(t, w, a)
+	got := make(chan []int)
+	go func() { got <- collect(t, b) }()
+	write(t, a, tun.Header{}, numbered(n))
+	write(t, a, tun.Header{}, numbered(last))
+	if got := <-got; len(got) != n+1 || !slices.IsSorted(got) {
+		t.Errorf("%d of %d packets came", len(got), n+1)
 	}
+}
+
+// fill writes until neither dev nor the wire behind it takes more, and returns
+// how many packets it was.
+func fill(t *testing.T, w *tuntest.Wire, dev *tun.Device) (n int) {
+	t.Helper()
+	full, carried := time.Now(), uint64(0)
+	for begin := full; time.Since(full) < 50*time.Millisecond; {
+		if time.Since(begin) > patience {
+			t.Fatalf("still room after %d packets", n)
+		}
+		if dev.Write(tun.Header{}, numbered(n)) == nil {
+			n++
+			full = time.Now()
+		} else if ab, _ := w.Stats(); ab.Carried != carried {
+			full, carried = time.Now(), ab.Carried
+		}
+	}
+	return n
 }
 
 func TestWireRepeatsItsFates(t *testing.T) {
