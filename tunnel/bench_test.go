@@ -8,7 +8,6 @@ import (
 	"github.com/ztun/ztun/netstack"
 	"github.com/ztun/ztun/tunnel"
 	"github.com/ztun/ztun/tunnel/splice"
-	"github.com/ztun/ztun/tunnel/splice/splicetest"
 )
 
 // discard is a Recorder that forgets.
@@ -18,112 +17,124 @@ func (discard) Opened(*tunnel.Record) {}
 func (discard) Closed(*tunnel.Record) {}
 func (discard) Failed(*tunnel.Record) {}
 
-// benchPair is two pods that know each other and have a tunnel; both ends and
-// both apps run on one loop, so a figure is the sum of all they cost.
-func benchPair(b *testing.B) (w *world, from *pod, dst netip.AddrPort, apps chan *splicetest.PipeEnd) {
-	w = newWorld(b)
-	w.edit = func(c *tunnel.Config) { c.Recorder = discard{} }
-	from, to := w.start("a", "10.0.0.1"), w.start("b", "10.0.0.2")
-	w.put(from.workload, to.workload)
-	apps = make(chan *splicetest.PipeEnd, 1)
-	w.loop.Do(func() {
-		w.raw = map[netip.AddrPort]func(*splicetest.PipeEnd){netip.MustParseAddrPort("10.0.0.2:80"): func(end *splicetest.PipeEnd) { apps <- end }}
-	})
-	return w, from, netip.MustParseAddrPort("10.0.0.2:80"), apps
+// A bench is two pods that know each other. Both apps run on the loops of their
+// pods, so a figure is the sum of all that they cost.
+type bench struct {
+	*testing.B
+	from, to       *pod
+	dst            netip.AddrPort
+	accepted       chan splice.End
+	client, server splice.End // of the last connection opened
 }
 
-// open makes a connection and returns both of its ends.
-func open(b *testing.B, w *world, from *pod, dst netip.AddrPort, apps chan *splicetest.PipeEnd) (client, server *splicetest.PipeEnd) {
-	got := make(chan *splicetest.PipeEnd, 1)
-	w.loop.Post(func() {
-		from.HandleTCP(&request{w: w, src: netip.AddrPortFrom(from.addr, 40000), dst: dst, answer: func(end *splicetest.PipeEnd, how netstack.Refusal) {
-			if end == nil {
-				b.Errorf("refused: %v", errnos[how])
-			}
-			got <- end
-		}})
-	})
-	server = <-apps
-	return <-got, server
-}
-
-// BenchmarkNewStream opens and closes a connection over a pooled tunnel.
-func BenchmarkNewStream(b *testing.B) {
-	w, from, dst, apps := benchPair(b)
-	b.ReportAllocs()
-	for b.Loop() {
-		client, server := open(b, w, from, dst, apps)
-		w.loop.Do(func() {
-			_ = client.CloseWrite()
-			_ = server.CloseWrite()
+// onPaths runs f for each path.
+func onPaths(b *testing.B, f func(b *bench)) {
+	for _, p := range paths {
+		b.Run(p.name, func(b *testing.B) {
+			w := newWorld(b, p)
+			w.edit = func(c *tunnel.Config) { c.Recorder = discard{} }
+			v := &bench{B: b, from: w.start("a", "10.0.0.1"), to: w.start("b", "10.0.0.2"), accepted: make(chan splice.End, 1)}
+			v.dst = netip.MustParseAddrPort("10.0.0.2:80")
+			w.raw = map[netip.AddrPort]func(splice.End){v.dst: func(end splice.End) { v.accepted <- end }}
+			w.put(v.from.workload, v.to.workload)
+			// The first connection waits for the certificates.
+			v.open()
+			b.ReportAllocs()
+			b.ResetTimer()
+			f(v)
 		})
 	}
+}
+
+// open makes a connection.
+func (b *bench) open() {
+	got := make(chan splice.End, 1)
+	r := &request{pod: b.from, from: b.from.loop, src: netip.AddrPortFrom(b.from.addr, 40000), dst: b.dst, answer: func(end splice.End, how netstack.Refusal) {
+		if end == nil {
+			b.Errorf("refused: %v", errnos[how])
+		}
+		got <- end
+	}}
+	b.from.loop.Post(func() { b.from.HandleTCP(r) })
+	b.server = <-b.accepted
+	b.client = <-got
+}
+
+// BenchmarkNewStream opens and closes a connection; on the wire it is a stream
+// of a pooled tunnel.
+func BenchmarkNewStream(b *testing.B) {
+	onPaths(b, func(b *bench) {
+		for b.Loop() {
+			b.open()
+			b.from.loop.Do(func() { _ = b.client.CloseWrite() })
+			b.to.loop.Do(func() { _ = b.server.CloseWrite() })
+		}
+	})
 }
 
 // BenchmarkBulk moves 64 KiB at a time from an app through both pods to the
 // other app.
 func BenchmarkBulk(b *testing.B) {
-	w, from, dst, apps := benchPair(b)
-	client, server := open(b, w, from, dst, apps)
-	const chunk = 64 << 10
-	block := make([]byte, chunk)
-	done := make(chan struct{})
-	want, sent, read := 0, 0, 0
-	write := func() {
-		for sent < want {
-			n, err := client.Write(block[:min(chunk, want-sent)])
-			sent += n
-			if err != nil {
-				return
-			}
-		}
-	}
-	w.loop.Do(func() {
-		client.Notify(write)
-		buf := make([]byte, chunk)
-		server.Notify(func() {
-			for {
-				n, err := server.Read(buf)
-				if read += n; n > 0 && read == want {
-					done <- struct{}{}
+	onPaths(b, func(b *bench) {
+		const chunk = 64 << 10
+		block, buf := make([]byte, chunk), make([]byte, chunk)
+		done := make(chan struct{})
+		total, sent, read := b.N*chunk, 0, 0
+		b.SetBytes(chunk)
+		b.to.loop.Do(func() {
+			b.server.Notify(func() {
+				for {
+					n, err := b.server.Read(buf)
+					if read += n; n > 0 && read == total {
+						close(done)
+					}
+					if errors.Is(err, splice.ErrAgain) || err != nil {
+						return
+					}
 				}
-				if errors.Is(err, splice.ErrAgain) || err != nil {
-					return
-				}
-			}
+			})
 		})
-	})
-	const batch = 64
-	b.SetBytes(batch * chunk)
-	b.ReportAllocs()
-	for b.Loop() {
-		w.loop.Post(func() { want += batch * chunk; write() })
+		b.from.loop.Do(func() {
+			b.client.Notify(func() {
+				for sent < total {
+					n, err := b.client.Write(block[:min(chunk, total-sent)])
+					if sent += n; err != nil {
+						return
+					}
+				}
+			})
+		})
 		<-done
-	}
+	})
 }
 
 // BenchmarkRequest sends one byte there and one back on an open connection.
 func BenchmarkRequest(b *testing.B) {
-	w, from, dst, apps := benchPair(b)
-	client, server := open(b, w, from, dst, apps)
-	done := make(chan struct{})
-	w.loop.Do(func() {
-		buf := make([]byte, 16)
-		server.Notify(func() {
-			if n, _ := server.Read(buf); n > 0 {
-				_, _ = server.Write(buf[:n])
-			}
+	onPaths(b, func(b *bench) {
+		done := make(chan struct{})
+		b.to.loop.Do(func() {
+			buf := make([]byte, 16)
+			b.server.Notify(func() {
+				if n, _ := b.server.Read(buf); n > 0 {
+					_, _ = b.server.Write(buf[:n])
+				}
+			})
 		})
-		got := make([]byte, 16)
-		client.Notify(func() {
-			if n, _ := client.Read(got); n > 0 {
-				done <- struct{}{}
-			}
+		b.from.loop.Do(func() {
+			buf := make([]byte, 16)
+			left := b.N
+			b.client.Notify(func() {
+				if n, _ := b.client.Read(buf); n == 0 {
+					return
+				}
+				if left--; left == 0 {
+					close(done)
+					return
+				}
+				_, _ = b.client.Write([]byte("x"))
+			})
+			_, _ = b.client.Write([]byte("x"))
 		})
-	})
-	b.ReportAllocs()
-	for b.Loop() {
-		w.loop.Post(func() { _, _ = client.Write([]byte("x")) })
 		<-done
-	}
+	})
 }

@@ -19,7 +19,7 @@ import (
 	"github.com/ztun/ztun/tunnel/h2"
 	"github.com/ztun/ztun/tunnel/hbone/hbonetest"
 	"github.com/ztun/ztun/tunnel/identity"
-	"github.com/ztun/ztun/tunnel/splice/splicetest"
+	"github.com/ztun/ztun/tunnel/splice"
 	"github.com/ztun/ztun/xds/workloadapi"
 )
 
@@ -30,7 +30,7 @@ import (
 
 // A foreign peer speaks through x/net's Framer over crypto/tls.
 type foreign struct {
-	t    *testing.T
+	t    testing.TB
 	conn *tls.Conn
 	fr   *http2.Framer
 	enc  *hpack.Encoder
@@ -40,7 +40,7 @@ type foreign struct {
 	log []string // what it received, in the form of golden/hbone.txt
 }
 
-func newForeign(t *testing.T, conn *tls.Conn) *foreign {
+func newForeign(t testing.TB, conn *tls.Conn) *foreign {
 	f := &foreign{t: t, conn: conn, fr: http2.NewFramer(conn, conn)}
 	f.enc = hpack.NewEncoder(&f.head)
 	f.fr.ReadMetaHeaders = hpack.NewDecoder(4096, nil)
@@ -153,21 +153,19 @@ func TestTranscriptAsClient(t *testing.T) {
 		cfg := w.ca.Issue(identity.MustParse("spiffe://cluster.local/ns/default/sa/b")).ServerTLS().Clone()
 		cfg.GetConfigForClient = func(h *tls.ClientHelloInfo) (*tls.Config, error) { hello = h; return nil, nil }
 		peers := make(chan *foreign, 1)
-		w.loop.Do(func() {
-			w.raw = map[netip.AddrPort]func(*splicetest.PipeEnd){netip.MustParseAddrPort("10.0.0.2:15008"): func(end *splicetest.PipeEnd) {
-				conn := hbonetest.New(w.loop, end)
-				go func() {
-					c := tls.Server(conn, cfg)
-					preface := make([]byte, len(http2.ClientPreface))
-					if _, err := c.Read(preface); err != nil || string(preface) != http2.ClientPreface {
-						t.Errorf("preface %q, %v", preface, err)
-					}
-					f := newForeign(t, c)
-					peers <- f
-					f.read()
-				}()
-			}}
-		})
+		w.raw = map[netip.AddrPort]func(splice.End){netip.MustParseAddrPort("10.0.0.2:15008"): func(end splice.End) {
+			conn := hbonetest.New(a.loop, end)
+			go func() {
+				c := tls.Server(conn, cfg)
+				preface := make([]byte, len(http2.ClientPreface))
+				if _, err := c.Read(preface); err != nil || string(preface) != http2.ClientPreface {
+					w.t.Errorf("preface %q, %v", preface, err)
+				}
+				f := newForeign(w.t, c)
+				peers <- f
+				f.read()
+			}()
+		}}
 		app := a.call("10.0.0.2:8080")
 		f := <-peers
 		if hello.ServerName != "" || fmt.Sprint(hello.SupportedProtos) != "[h2]" || fmt.Sprint(hello.SupportedVersions) != fmt.Sprint([]uint16{tls.VersionTLS13}) {
@@ -218,8 +216,8 @@ func TestTranscriptAsServer(t *testing.T) {
 		w.put(workload("a", "10.0.0.1"))
 		synctest.Wait()
 
-		conn, end := hbonetest.Pipe(w.loop, 64<<10)
-		w.loop.Do(func() {
+		conn, end := hbonetest.Pipe(b.loop, 64<<10)
+		b.loop.Do(func() {
 			b.HandleTunnel(end, netip.MustParseAddrPort("10.0.0.1:42494"), netip.MustParseAddrPort("10.0.0.2:15008"))
 		})
 		cert := w.ca.Issue(identity.MustParse("spiffe://cluster.local/ns/default/sa/a"))

@@ -7,6 +7,7 @@ import (
 	"syscall"
 
 	"github.com/ztun/ztun/tunnel/hbone"
+	"github.com/ztun/ztun/tunnel/identity"
 	"github.com/ztun/ztun/tunnel/splice"
 	"github.com/ztun/ztun/xds/authz"
 	"github.com/ztun/ztun/xds/mesh"
@@ -66,15 +67,43 @@ func (in *inbound) acceptPlain(r Request, app splice.End) {
 	})
 }
 
+// A connect is a CONNECT, of a peer or of a neighbour.
+type connect struct {
+	answerer
+	authority     string      // as sent
+	peer          identity.ID // proven
+	remote, local netip.AddrPort
+	host, network string // what the client says: the service it called, x-forwarded-network
+	trace         func() hbone.Trace
+	baggage       func() hbone.Baggage
+	sameNode      bool // a neighbour's
+}
+
+// An answerer takes the answer to a CONNECT: exactly one of Accept and Refuse.
+// *hbone.Incoming is one.
+type answerer interface {
+	Watch(gone func(error))
+	Accept(baggage *string) (splice.End, error)
+	Refuse(status int, why hbone.ProxyError)
+}
+
 // handleConnect takes a CONNECT of a peer.
-func (p *Pod) handleConnect(req *hbone.Incoming) {
-	c, ok := p.begin(Inbound, req.Remote, req.Local, func(why Reason) { req.Refuse(why.Status(), why.ProxyError()) })
-	c.rec.HBONEAddr = req.Authority
+func (p *Pod) handleConnect(in *hbone.Incoming) {
+	p.connected(&connect{
+		answerer: in, authority: in.Authority, peer: in.Peer, remote: in.Remote, local: in.Local,
+		host: in.Host, network: in.Network, trace: in.Trace, baggage: in.Baggage,
+	})
+}
+
+// connected takes a CONNECT, on whatever way it came.
+func (p *Pod) connected(req *connect) {
+	c, ok := p.begin(Inbound, req.remote, req.local, func(why Reason) { req.Refuse(why.Status(), why.ProxyError()) })
+	c.rec.HBONEAddr, c.rec.SameNode = req.authority, req.sameNode
 	if !ok {
 		return
 	}
-	c.rec.SrcIdentity, c.rec.Trace = req.Peer, req.Trace()
-	authority, err := hbone.ParseAuthority(req.Authority)
+	c.rec.SrcIdentity, c.rec.Trace = req.peer, req.trace()
+	authority, err := hbone.ParseAuthority(req.authority)
 	if err != nil {
 		c.fail(BadRequest, err)
 		return
@@ -97,7 +126,7 @@ func (p *Pod) handleConnect(req *hbone.Incoming) {
 }
 
 // connect finds the app that a CONNECT means, then asks the policies.
-func (in *inbound) connect(req *hbone.Incoming, to hbone.Authority) {
+func (in *inbound) connect(req *connect, to hbone.Authority) {
 	w := in.self.workload
 	in.rec.DstWorkload, in.rec.DstIdentity = w, w.Identity
 	port, why, err := in.port(to)
@@ -107,17 +136,17 @@ func (in *inbound) connect(req *hbone.Incoming, to hbone.Authority) {
 	}
 	in.app = netip.AddrPortFrom(in.rec.Dst.Addr(), port)
 	if !in.pod.cfg.NoResponseBaggage {
-		in.rec.SrcBaggage = req.Baggage()
+		in.rec.SrcBaggage = req.baggage()
 	}
-	if req.Network == "" || strings.EqualFold(req.Network, w.Network) {
+	if req.network == "" || strings.EqualFold(req.network, w.Network) {
 		in.rec.SrcWorkload = in.self.snap.WorkloadByIP(w.Network, in.rec.Src.Addr())
 	}
-	host := req.Host
+	host := req.host
 	if to.Host != "" {
 		host = to.Host
 	}
 	in.rec.Service = in.guessService(host)
-	in.admit(authz.Input{Src: in.rec.Src, Dst: in.app, Peer: req.Peer})
+	in.admit(authz.Input{Src: in.rec.Src, Dst: in.app, Peer: req.peer})
 }
 
 // port returns the port of the app that an authority means, in the order of
@@ -190,7 +219,7 @@ func (in *inbound) dial() {
 	})
 }
 
-func (in *inbound) acceptConnect(req *hbone.Incoming, app splice.End) {
+func (in *inbound) acceptConnect(req answerer, app splice.End) {
 	in.refuse = nil
 	baggage := &in.self.baggage
 	if in.pod.cfg.NoResponseBaggage {

@@ -70,7 +70,8 @@ func (o *outbound) resolve(s *self) {
 	}
 }
 
-// tunnel asks the peer through the pool.
+// tunnel reaches the peer with both identities proven: in memory if it is a
+// neighbour, else through the wire.
 func (o *outbound) tunnel() {
 	src, ok := o.pod.source(o.rec.Src.Addr(), o.route.Dial.Addr())
 	if !ok {
@@ -81,6 +82,49 @@ func (o *outbound) tunnel() {
 		o.fail(NoCertificate, nil)
 		return
 	}
+	if !o.visit(src) {
+		o.wire(src)
+	}
+}
+
+// visit asks the peer in memory, if it is a neighbour and the pod's own
+// certificate is at hand. It reports false if the wire has to be taken.
+func (o *outbound) visit(src netip.Addr) bool {
+	p := o.pod
+	host := p.cfg.Neighbours.find(&o.route)
+	if host == nil || host == p || p.draining {
+		return false
+	}
+	cert, ok := p.certs.Current(o.self.workload.Identity)
+	if !ok {
+		return false
+	}
+	v := &visit{
+		source: p, host: host, cert: cert, route: o.route, network: o.self.workload.Network,
+		client: netip.AddrPortFrom(src, o.rec.Src.Port()), trace: o.rec.Trace, baggage: o.self.baggage,
+	}
+	v.done = func(end splice.End, err error) {
+		o.step = nil
+		switch {
+		case err == errDeclined:
+			o.rec.SameNode = false
+			o.wire(src)
+		case err != nil:
+			o.fail(connectReason(err), err)
+		default:
+			p.stats.SameNode.Add(1)
+			o.rec.DstIdentity = v.peer
+			o.accept(end)
+		}
+	}
+	o.rec.SameNode = true
+	o.step = v.cancel
+	v.start()
+	return true
+}
+
+// wire asks the peer through the pool.
+func (o *outbound) wire(src netip.Addr) {
 	target := hbone.Target{
 		Local: o.self.workload.Identity,
 		Peer:  o.route.Peer.UID,

@@ -72,6 +72,9 @@ type Config struct {
 	Certs      hbone.CertSource
 	Handshakes *hbone.Handshakes // shared by all pods
 	Recorder   Recorder
+	// Neighbours are the pods of this process, this one among them, to be
+	// reached in memory. Nil: every tunnel goes through the network.
+	Neighbours *Neighbours
 	Log        *slog.Logger // default: nothing is logged
 
 	// PolicyLog takes every decision of a policy, at Debug, or at Info if
@@ -135,6 +138,7 @@ func (c *Config) setDefaults() {
 		{&c.Timeouts.Workload, 5 * time.Second},
 		{&c.Timeouts.Certificate, 5 * time.Second},
 		{&c.Timeouts.Connect, 10 * time.Second},
+		{&c.Timeouts.Answer, 16 * time.Second},
 	} {
 		if *d.v <= 0 {
 			*d.v = d.def
@@ -168,6 +172,7 @@ type Pod struct {
 	pool      *hbone.Pool
 	peers     *hbone.Server
 	stats     Stats
+	memory    *splice.Budget // of streams to neighbours
 
 	quit      chan struct{} // closed by Close
 	quitOnce  sync.Once
@@ -180,9 +185,12 @@ type Pod struct {
 	conns    map[*conn]struct{}
 	pending  int
 	recheck  recheck
-	draining bool
-	closed   bool
-	drained  []chan<- struct{} // closed when the last connection has ended
+	// published is the workload's UID under which Neighbours has the pod.
+	published string
+	proofs    proofs
+	draining  bool
+	closed    bool
+	drained   []chan<- struct{} // closed when the last connection has ended
 }
 
 // Stats count what a Pod does. They may be read from anywhere.
@@ -192,6 +200,8 @@ type Stats struct {
 	Limited atomic.Uint64 // refused by a limit
 	Cut     atomic.Uint64 // live connections cut by a policy or the workload's end
 	Checks  atomic.Uint64 // policy checks, those of live connections included
+	// SameNode are the connections to neighbours that were handed over in memory.
+	SameNode atomic.Uint64
 }
 
 // NewPod returns a Pod that is ready for its stack's requests. Close must be
@@ -239,6 +249,9 @@ func NewPod(cfg Config) (*Pod, error) {
 		MaxConns:      cfg.Limits.Tunnels,
 		MaxHandshakes: cfg.Limits.Handshakes,
 	})
+	if cfg.Neighbours != nil {
+		p.memory = splice.NewBudget(podMemory, cfg.Neighbours.memory)
+	}
 	p.stopWatch = cfg.Mesh.OnChange(p.meshChanged)
 	p.meshChanged()
 	return p, nil
@@ -278,6 +291,7 @@ func (p *Pod) Drain(ctx context.Context) error {
 	p.loop.Post(func() {
 		if !p.draining {
 			p.draining = true
+			p.publish()
 			p.pool.Drain()
 			p.peers.Drain()
 		}
@@ -322,6 +336,7 @@ func (p *Pod) Close() {
 
 func (p *Pod) teardown() {
 	p.closed = true
+	p.publish()
 	for c := range p.conns {
 		c.cut(Closed, nil)
 	}

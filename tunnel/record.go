@@ -57,8 +57,11 @@ type Record struct {
 	// Sent and Received are in bytes and from this pod's view: outbound, Sent
 	// went from the app to the peer; inbound, Sent is the app's answer.
 	Sent, Received uint64
-	Reason         Reason
-	Err            error // detail to Reason, or nil
+	// SameNode says that the stream was handed over in memory between two pods
+	// of this process.
+	SameNode bool
+	Reason   Reason
+	Err      error // detail to Reason, or nil
 
 	// Slot is the Recorder's own, from Opened to Closed.
 	Slot any

@@ -103,7 +103,7 @@ func TestRefusalsReachTheAppAsWhatTheyAre(t *testing.T) {
 			t.Errorf("status %d", got.Reason.Status())
 		}
 
-		w.loop.Do(func() { w.silent[netip.MustParseAddrPort("10.0.0.2:81")] = true })
+		w.silence("10.0.0.2:81")
 		c := a.dial("10.0.0.2:81")
 		time.Sleep(11 * time.Second)
 		synctest.Wait()
@@ -119,7 +119,7 @@ func TestRefusalsReachTheAppAsWhatTheyAre(t *testing.T) {
 		a.call("10.0.0.9:80").want("", "no route to host")
 		a.last(tunnel.ConnectUnreachable)
 
-		w.loop.Do(func() { w.silent[netip.MustParseAddrPort("10.0.0.9:15008")] = true })
+		w.silence("10.0.0.9:15008")
 		c = a.dial("10.0.0.9:80")
 		time.Sleep(11 * time.Second)
 		synctest.Wait()
@@ -304,11 +304,9 @@ func TestAReusedAddressNeverMeetsTheOldTunnel(t *testing.T) {
 		heir.Uid = "Kubernetes//Pod/default/heir"
 		w.put(heir)
 		synctest.Wait()
-		before := len(w.ends)
+		w.wantTunnels(1)
 		a.call("10.0.0.2:80").want("", "open")
-		if len(w.ends) != before+1 {
-			t.Errorf("%d tunnels were dialled for the heir, want 1", len(w.ends)-before)
-		}
+		w.wantTunnels(2)
 	})
 }
 
@@ -364,13 +362,11 @@ func TestHairpinIsDialledFromTheServicesAddress(t *testing.T) {
 		c.closeWrite()
 		c.want("me", "eof")
 		var records []tunnel.Record
-		w.loop.Do(func() { records = b.records.closed })
+		b.loop.Do(func() { records = b.records.closed })
 		if len(records) != 2 || records[0].Direction == records[1].Direction || !records[0].Hairpin || records[0].Sent != 2 || records[1].Sent != 2 {
 			t.Errorf("records: %+v", records)
 		}
-		if len(w.ends) != 0 {
-			t.Error("a tunnel was dialled")
-		}
+		w.wantTunnels(0)
 
 		c = b.call("10.96.0.1:80")
 		w.put(policy("deny-self", securityapi.Action_DENY, &securityapi.Match{Principals: []*securityapi.StringMatch{{MatchType: &securityapi.StringMatch_Exact{Exact: "cluster.local/ns/default/sa/b"}}}}))
@@ -404,12 +400,7 @@ func TestPlaintextInbound(t *testing.T) {
 		w.put(plain.workload)
 		b := w.pod("b", "10.0.0.2")
 		apps := catch(b, 80)
-		dst := netip.MustParseAddrPort("10.0.0.2:80")
-		c := &app{w: w}
-		w.loop.Do(func() {
-			b.HandleTCP(&request{w: w, src: netip.MustParseAddrPort("10.0.0.1:5555"), dst: dst, inbound: true, answer: c.answered})
-		})
-		synctest.Wait()
+		c := b.plaintext("10.0.0.1:5555", "10.0.0.2:80")
 		if got := (*apps)[0].from.String(); got != "10.0.0.1:5555" {
 			t.Errorf("the app saw %s, want the client's own port", got)
 		}
@@ -420,16 +411,9 @@ func TestPlaintextInbound(t *testing.T) {
 		if r := b.last(tunnel.PolicyChange); r.MutualTLS() || r.SrcWorkload.Name != "plain" || !r.SrcIdentity.IsZero() {
 			t.Errorf("record: %+v", r)
 		}
-		refused := &app{w: w}
-		w.loop.Do(func() {
-			b.HandleTCP(&request{w: w, src: netip.MustParseAddrPort("10.0.0.1:5556"), dst: dst, inbound: true, answer: refused.answered})
-		})
-		synctest.Wait()
-		refused.want("", "connection refused")
+		b.plaintext("10.0.0.1:5556", "10.0.0.2:80").want("", "connection refused")
 		b.last(tunnel.Denied)
-		w.loop.Do(func() {
-			b.HandleTCP(&request{w: w, src: netip.MustParseAddrPort("10.0.0.1:5556"), dst: netip.MustParseAddrPort("10.0.0.2:15001"), inbound: true, answer: refused.answered})
-		})
+		b.plaintext("10.0.0.1:5556", "10.0.0.2:15001").want("", "connection refused")
 		b.lastFailed(tunnel.SelfCall)
 	})
 }
@@ -439,7 +423,7 @@ func TestTCPAndPassthroughAreDialledFromThePodsAddress(t *testing.T) {
 		a := w.pod("a", "10.0.0.1")
 		var seen *app
 		outside := netip.MustParseAddrPort("192.0.2.1:80")
-		w.loop.Do(func() { w.hosts[outside] = func(s *app) { seen = s; s.echo = true } })
+		w.hosts[outside] = func(s *app) { seen = s; s.echo = true }
 		c := a.call(outside.String())
 		c.send("x")
 		c.closeWrite()
@@ -553,7 +537,7 @@ func TestReportTellsOfLiveConnections(t *testing.T) {
 			}
 		}
 		report(a, 0, 0, 0)
-		w.loop.Do(func() { w.silent[netip.MustParseAddrPort("10.0.0.2:81")] = true })
+		w.silence("10.0.0.2:81")
 		c, _ := a.call("10.0.0.2:80"), a.call("10.0.0.2:81")
 		server := (*apps)[0]
 		c.send("hello")
@@ -603,7 +587,7 @@ func TestCloseCutsAndAnswersEverything(t *testing.T) {
 	inWorld(t, func(w *world) {
 		a, b := pair(w)
 		apps := catch(b, 80)
-		w.loop.Do(func() { w.silent[netip.MustParseAddrPort("10.0.0.2:81")] = true })
+		w.silence("10.0.0.2:81")
 		c, pending := a.call("10.0.0.2:80"), a.call("10.0.0.2:81")
 		pending.want("", "pending")
 		a.Close()
@@ -633,15 +617,13 @@ func TestThousandStreamsToOnePod(t *testing.T) {
 		}
 		synctest.Wait()
 		for _, c := range calls {
-			w.loop.Do(func() { _, _ = c.end.Write([]byte("x")); _ = c.end.CloseWrite() })
+			c.loop.Do(func() { _, _ = c.end.Write([]byte("x")); _ = c.end.CloseWrite() })
 		}
 		synctest.Wait()
 		for _, c := range calls {
 			c.want("x", "eof")
 		}
-		if len(w.ends) != 10 {
-			t.Errorf("%d tunnels, want 10", len(w.ends))
-		}
+		w.wantTunnels(10)
 		if live, err := a.Connections(context.Background()); err != nil || len(live) != 0 {
 			t.Errorf("%d live, %v", len(live), err)
 		}

@@ -38,6 +38,7 @@ func (p *Pod) refresh() *self {
 		s.policies, s.missing = snap.Policies(s.workload)
 	}
 	p.self = s
+	p.publish()
 	return s
 }
 

@@ -29,36 +29,51 @@ import (
 	"github.com/ztun/ztun/xds/workloadapi"
 )
 
-// A world is a mesh in memory: pods on one loop, joined by a network that
-// loses nothing.
+// A world is a mesh in memory: pods joined by a network that loses nothing.
 type world struct {
 	t      testing.TB
-	loop   *splicetest.Loop
+	path   path
 	store  *mesh.Store
 	ca     *certstest.CA
 	certs  *certSource
 	shakes *hbone.Handshakes
+	loops  []*splicetest.Loop
+	joins  *tunnel.Neighbours   // nil: none
+	edit   func(*tunnel.Config) // for pods made from now on
+
+	// mu guards the fields below.
+	mu     sync.Mutex
 	pods   map[netip.Addr]*pod
 	hosts  map[netip.AddrPort]func(*app) // outside of the mesh
 	silent map[netip.AddrPort]bool       // answers nothing
-	raw    map[netip.AddrPort]func(*splicetest.PipeEnd)
-	dials  []dialled
-	ends   []*splicetest.PipeEnd // of tunnels, the accepting sides
-	edit   func(*tunnel.Config)  // for pods made from now on
+	raw    map[netip.AddrPort]func(splice.End)
+	ends   []splice.End // of tunnels, the accepting sides
 }
 
-// dialled is one Dial of a stack.
-type dialled struct{ src, dst netip.AddrPort }
+// A path is the way that streams take from pod to pod.
+type path struct {
+	name  string
+	joins bool // in memory
+	apart bool // each pod has a loop of its own
+}
 
-// inWorld runs test in a fresh world under synctest.
+// paths are what every test runs through: nobody may be able to tell them
+// apart, but by the tunnels dialled and Record.SameNode.
+var paths = []path{{name: "wire"}, {name: "wire, two loops", apart: true}, {name: "joined", joins: true}, {name: "joined, two loops", joins: true, apart: true}}
+
+// inWorld runs test in a fresh world for each path, under synctest.
 func inWorld(t *testing.T, test func(w *world)) {
-	synctest.Test(t, func(t *testing.T) { test(newWorld(t)) })
+	for _, p := range paths {
+		t.Run(p.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) { test(newWorld(t, p)) })
+		})
+	}
 }
 
-func newWorld(t testing.TB) *world {
+func newWorld(t testing.TB, p path) *world {
 	w := &world{
 		t:      t,
-		loop:   splicetest.NewLoop(),
+		path:   p,
 		store:  mesh.NewStore(mesh.Config{}),
 		ca:     certstest.New(),
 		shakes: hbone.NewHandshakes(hbone.HandshakesConfig{}),
@@ -66,15 +81,57 @@ func newWorld(t testing.TB) *world {
 		hosts:  make(map[netip.AddrPort]func(*app)),
 		silent: make(map[netip.AddrPort]bool),
 	}
+	if p.joins {
+		w.joins = tunnel.NewNeighbours()
+	}
 	w.certs = &certSource{ca: w.ca, have: make(map[identity.ID]*certs.Certificate)}
 	t.Cleanup(func() {
 		for _, p := range w.pods {
 			p.Close()
 		}
 		w.shakes.Close()
-		w.loop.Close()
+		for _, l := range w.loops {
+			l.Close()
+		}
 	})
 	return w
+}
+
+// loop returns the loop for one more pod.
+func (w *world) loop() *splicetest.Loop {
+	if len(w.loops) == 0 || w.path.apart {
+		w.loops = append(w.loops, splicetest.NewLoop())
+	}
+	return w.loops[len(w.loops)-1]
+}
+
+// silence makes an address answer nothing.
+func (w *world) silence(addr string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.silent[netip.MustParseAddrPort(addr)] = true
+}
+
+// wantTunnels checks how many tunnels were dialled so far; streams in memory
+// need none.
+func (w *world) wantTunnels(n int) {
+	w.t.Helper()
+	if w.path.joins {
+		n = 0
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.ends) != n {
+		w.t.Errorf("%d tunnels were dialled, want %d", len(w.ends), n)
+	}
+}
+
+// wire is a connection between two loops.
+func wire(x, y *splicetest.Loop) (a, b splice.End) {
+	if x == y {
+		return splicetest.Pipe(x, 64<<10)
+	}
+	return splice.Pipe(x, y, nil, nil)
 }
 
 // certSource issues what it is asked for, unless it is told not to.
@@ -92,6 +149,16 @@ func (s *certSource) Current(id identity.ID) (*certs.Certificate, bool) {
 	defer s.mu.Unlock()
 	c, ok := s.have[id]
 	return c, ok
+}
+
+// Prefetch implements tunnel.Prefetcher.
+func (s *certSource) Prefetch(id identity.ID) {
+	s.mu.Lock()
+	hangs := s.hangs
+	s.mu.Unlock()
+	if !hangs {
+		_, _ = s.Get(context.Background(), id, certs.Warmup)
+	}
 }
 
 func (s *certSource) Get(ctx context.Context, id identity.ID, _ certs.Priority) (*certs.Certificate, error) {
@@ -144,6 +211,7 @@ func (w *world) apply(h xds.Handler, name string, m proto.Message) {
 type pod struct {
 	*tunnel.Pod
 	w        *world
+	loop     *splicetest.Loop
 	addr     netip.Addr
 	workload *workloadapi.Workload
 	listen   map[uint16]func(*app)
@@ -180,10 +248,11 @@ func (w *world) pod(name, ip string) *pod {
 // start starts a pod that the mesh does not know yet.
 func (w *world) start(name, ip string) *pod {
 	w.t.Helper()
-	p := &pod{w: w, addr: netip.MustParseAddr(ip), workload: workload(name, ip), listen: make(map[uint16]func(*app)), records: &recorder{t: w.t}}
+	p := &pod{w: w, loop: w.loop(), addr: netip.MustParseAddr(ip), workload: workload(name, ip), listen: make(map[uint16]func(*app)), records: &recorder{t: w.t}}
 	cfg := tunnel.Config{
 		Workload: tunnel.Workload{Name: name, Namespace: "default", ServiceAccount: name},
 		Addrs:    []netip.Addr{p.addr}, Stack: stack{w, p}, Mesh: w.store, Certs: w.certs, Handshakes: w.shakes, Recorder: p.records,
+		Neighbours: w.joins,
 	}
 	if w.edit != nil {
 		w.edit(&cfg)
@@ -192,13 +261,15 @@ func (w *world) start(name, ip string) *pod {
 	if p.Pod, err = tunnel.NewPod(cfg); err != nil {
 		w.t.Fatal(err)
 	}
-	w.loop.Do(func() { w.pods[p.addr] = p })
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.pods[p.addr] = p
 	return p
 }
 
 // serve makes the pod's app listen.
 func (p *pod) serve(port uint16, handle func(*app)) {
-	p.w.loop.Do(func() { p.listen[port] = handle })
+	p.loop.Do(func() { p.listen[port] = handle })
 }
 
 // A stack is a pod's TCP.
@@ -207,16 +278,17 @@ type stack struct {
 	p *pod
 }
 
-func (s stack) Loop() splice.Loop { return s.w.loop }
+func (s stack) Loop() splice.Loop { return s.p.loop }
 
 func (s stack) Dial(src, dst netip.AddrPort, timeout time.Duration, done func(splice.End, error)) (cancel func()) {
-	w := s.w
-	w.dials = append(w.dials, dialled{src, dst})
-	if w.silent[dst] {
-		return w.loop.AfterFunc(timeout, func() { done(nil, fmt.Errorf("dial: %w", syscall.ETIMEDOUT)) })
+	s.w.mu.Lock()
+	silent := s.w.silent[dst]
+	s.w.mu.Unlock()
+	if silent {
+		return s.p.loop.AfterFunc(timeout, func() { done(nil, fmt.Errorf("dial: %w", syscall.ETIMEDOUT)) })
 	}
 	stopped := false
-	w.loop.Post(func() {
+	s.p.loop.Post(func() {
 		if !stopped {
 			s.connect(src, dst, done)
 		}
@@ -226,39 +298,40 @@ func (s stack) Dial(src, dst netip.AddrPort, timeout time.Duration, done func(sp
 
 // connect delivers a SYN.
 func (s stack) connect(src, dst netip.AddrPort, done func(splice.End, error)) {
-	w := s.w
-	if accept := w.raw[dst]; accept != nil {
-		ours, theirs := splicetest.Pipe(w.loop, 64<<10)
-		accept(theirs)
+	w, loop := s.w, s.p.loop
+	w.mu.Lock()
+	raw, target, handle := w.raw[dst], w.pods[dst.Addr()], w.hosts[dst]
+	w.mu.Unlock()
+	switch {
+	case raw != nil:
+		ours, theirs := splicetest.Pipe(loop, 64<<10)
+		raw(theirs)
 		done(ours, nil)
 		return
-	}
-	target := w.pods[dst.Addr()]
-	var handle func(*app)
-	switch {
+	case target == s.p && src.Addr() == dst.Addr():
+		done(nil, fmt.Errorf("dial: the kernel answered over lo"))
+		return
 	case target == s.p:
-		if src.Addr() == dst.Addr() {
-			done(nil, fmt.Errorf("dial: the kernel answered over lo"))
-			return
-		}
 		handle = target.listen[dst.Port()]
 	case target != nil && dst.Port() == tunnel.TunnelPort:
-		ours, theirs := splicetest.Pipe(w.loop, 64<<10)
+		ours, theirs := wire(loop, target.loop)
+		w.mu.Lock()
 		w.ends = append(w.ends, theirs)
-		target.HandleTunnel(theirs, netip.AddrPortFrom(src.Addr(), 50000), dst)
+		w.mu.Unlock()
+		target.loop.Post(func() { target.HandleTunnel(theirs, netip.AddrPortFrom(src.Addr(), 50000), dst) })
 		done(ours, nil)
 		return
 	case target != nil:
-		target.HandleTCP(&request{w: w, src: netip.AddrPortFrom(src.Addr(), 50001), dst: dst, inbound: true, answer: func(end *splicetest.PipeEnd, r netstack.Refusal) {
+		r := &request{pod: target, from: loop, src: netip.AddrPortFrom(src.Addr(), 50001), dst: dst, inbound: true}
+		r.answer = func(end splice.End, how netstack.Refusal) {
 			if end == nil {
-				done(nil, fmt.Errorf("dial: %w", errnos[r]))
+				done(nil, fmt.Errorf("dial: %w", errnos[how]))
 				return
 			}
 			done(end, nil)
-		}})
+		}
+		target.loop.Post(func() { target.HandleTCP(r) })
 		return
-	default:
-		handle = w.hosts[dst]
 	}
 	if handle == nil {
 		err := syscall.ECONNREFUSED
@@ -268,8 +341,8 @@ func (s stack) connect(src, dst netip.AddrPort, done func(splice.End, error)) {
 		done(nil, fmt.Errorf("dial: %w", err))
 		return
 	}
-	ours, theirs := splicetest.Pipe(w.loop, 64<<10)
-	handle(newApp(w, theirs, src))
+	ours, theirs := splicetest.Pipe(loop, 64<<10)
+	handle(newApp(w, loop, theirs, src))
 	done(ours, nil)
 }
 
@@ -280,11 +353,12 @@ var errnos = map[netstack.Refusal]error{
 
 // A request is a SYN.
 type request struct {
-	w        *world
+	pod      *pod             // whose stack has it
+	from     *splicetest.Loop // of who sent it
 	src, dst netip.AddrPort
 	inbound  bool
 	answered bool
-	answer   func(*splicetest.PipeEnd, netstack.Refusal)
+	answer   func(splice.End, netstack.Refusal) // runs on from
 }
 
 func (r *request) Src() netip.AddrPort { return r.src }
@@ -293,29 +367,34 @@ func (r *request) Inbound() bool       { return r.inbound }
 
 func (r *request) once() {
 	if r.answered {
-		r.w.t.Error("a request was answered twice")
+		r.pod.w.t.Error("a request was answered twice")
 	}
 	r.answered = true
 }
 
 func (r *request) Accept(done func(splice.End, error)) {
 	r.once()
-	r.w.loop.Post(func() {
-		theirs, ours := splicetest.Pipe(r.w.loop, 64<<10)
-		r.answer(theirs, 0)
-		done(ours, nil)
-	})
+	theirs, ours := wire(r.from, r.pod.loop)
+	r.from.Post(func() { r.answer(theirs, 0) })
+	r.pod.loop.Post(func() { done(ours, nil) })
 }
 
 func (r *request) Refuse(how netstack.Refusal) {
 	r.once()
-	r.answer(nil, how)
+	r.from.Post(func() { r.answer(nil, how) })
+}
+
+// handle makes the pod answer r, on its loop.
+func (p *pod) handle(r *request) {
+	r.pod, r.from = p, p.loop
+	p.loop.Do(func() { p.HandleTCP(r) })
 }
 
 // An app is one end of an app's connection: it reads all there is.
 type app struct {
 	w       *world
-	end     *splicetest.PipeEnd
+	loop    *splicetest.Loop
+	end     splice.End
 	from    netip.AddrPort // whom a server sees
 	got     []byte
 	eof     bool
@@ -325,8 +404,8 @@ type app struct {
 	hold    bool // does not read
 }
 
-func newApp(w *world, end *splicetest.PipeEnd, from netip.AddrPort) *app {
-	a := &app{w: w, end: end, from: from}
+func newApp(w *world, loop *splicetest.Loop, end splice.End, from netip.AddrPort) *app {
+	a := &app{w: w, loop: loop, end: end, from: from}
 	end.Notify(a.ready)
 	return a
 }
@@ -358,9 +437,17 @@ func echoes(a *app) { a.echo = true }
 
 // dial makes the pod's app connect. Its outcome is known after synctest.Wait.
 func (p *pod) dial(dst string) *app {
-	a := &app{w: p.w}
-	r := &request{w: p.w, src: netip.AddrPortFrom(p.addr, 40000), dst: netip.MustParseAddrPort(dst), answer: a.answered}
-	p.w.loop.Do(func() { p.HandleTCP(r) })
+	a := &app{w: p.w, loop: p.loop}
+	p.handle(&request{src: netip.AddrPortFrom(p.addr, 40000), dst: netip.MustParseAddrPort(dst), answer: a.answered})
+	return a
+}
+
+// plaintext makes somebody in the network connect to the pod, and waits for the
+// outcome.
+func (p *pod) plaintext(src, dst string) *app {
+	a := &app{w: p.w, loop: p.loop}
+	p.handle(&request{src: netip.MustParseAddrPort(src), dst: netip.MustParseAddrPort(dst), inbound: true, answer: a.answered})
+	synctest.Wait()
 	return a
 }
 
@@ -372,7 +459,7 @@ func (p *pod) call(dst string) *app {
 }
 
 func (a *app) send(s string) {
-	a.w.loop.Do(func() {
+	a.loop.Do(func() {
 		if n, err := a.end.Write([]byte(s)); n != len(s) {
 			a.w.t.Errorf("send: %v", err)
 		}
@@ -381,12 +468,12 @@ func (a *app) send(s string) {
 }
 
 func (a *app) closeWrite() {
-	a.w.loop.Do(func() { _ = a.end.CloseWrite() })
+	a.loop.Do(func() { _ = a.end.CloseWrite() })
 	synctest.Wait()
 }
 
 func (a *app) reset() {
-	a.w.loop.Do(func() { a.end.Reset(errors.New("test")) })
+	a.loop.Do(func() { a.end.Reset(errors.New("test")) })
 	synctest.Wait()
 }
 
@@ -395,7 +482,7 @@ func (a *app) reset() {
 func (a *app) want(got, state string) {
 	a.w.t.Helper()
 	var is, all string
-	a.w.loop.Do(func() {
+	a.loop.Do(func() {
 		all = string(a.got)
 		switch {
 		case a.refused != nil:
@@ -467,7 +554,7 @@ func (r *recorder) Failed(rec *tunnel.Record) { r.failed = append(r.failed, *rec
 func (p *pod) last(why tunnel.Reason) tunnel.Record {
 	p.w.t.Helper()
 	var list []tunnel.Record
-	p.w.loop.Do(func() { list = p.records.closed })
+	p.loop.Do(func() { list = p.records.closed })
 	if len(list) == 0 {
 		p.w.t.Fatalf("nothing has closed, want %v", why)
 	}
@@ -482,7 +569,7 @@ func (p *pod) last(why tunnel.Reason) tunnel.Record {
 func (p *pod) lastFailed(why tunnel.Reason) tunnel.Record {
 	p.w.t.Helper()
 	var list []tunnel.Record
-	p.w.loop.Do(func() { list = p.records.failed })
+	p.loop.Do(func() { list = p.records.failed })
 	if len(list) == 0 {
 		p.w.t.Fatalf("nothing has failed, want %v", why)
 	}
@@ -494,7 +581,7 @@ func (p *pod) lastFailed(why tunnel.Reason) tunnel.Record {
 }
 
 // answered is the answer to the app's SYN.
-func (a *app) answered(end *splicetest.PipeEnd, how netstack.Refusal) {
+func (a *app) answered(end splice.End, how netstack.Refusal) {
 	if end == nil {
 		a.refused = errnos[how]
 		return
