@@ -39,15 +39,8 @@ func (r *reader) Last(t *splice.Task) { r.last.push(t) }
 func (r *reader) Scratch() []byte { return r.scratch }
 
 func (r *reader) AfterFunc(d time.Duration, f func()) (stop func()) {
-	stopped := false // Owned by the loop.
-	t := time.AfterFunc(d, func() {
-		r.Post(func() {
-			if !stopped {
-				f()
-			}
-		})
-	})
-	return func() { stopped = true; t.Stop() }
+	t := r.timers.start(d, f)
+	return func() { t.Stop() }
 }
 
 // tasks is a queue that reuses its storage.

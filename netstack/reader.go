@@ -29,6 +29,7 @@ type reader struct {
 	evfd   int
 	done   chan struct{}
 	shared *shared
+	timers timers
 
 	pods     atomic.Int64 // stacks, for leastLoaded
 	sleeping atomic.Bool  // about to wait, or waiting
@@ -77,6 +78,7 @@ func newReader(e *Engine, index int) (*reader, error) {
 		held:    heldACKs{delay: ackDelay},
 		scratch: make([]byte, splice.ScratchSize),
 	}
+	r.timers.init(r)
 	if err := r.watch(evfd); err != nil {
 		unix.Close(epfd)
 		unix.Close(evfd)
@@ -104,6 +106,7 @@ func (r *reader) run() {
 		if r.isClosed() {
 			return
 		}
+		r.timers.run(r.now)
 		for i := range n {
 			fd := int(r.events[i].Fd)
 			if fd == r.evfd {

@@ -29,10 +29,11 @@ func newShared() *shared {
 }
 
 // newGVisor makes the gVisor stack of a pod.
-func (c *shared) newGVisor(cfg *StackConfig) *stack.Stack {
+func (c *shared) newGVisor(cfg *StackConfig, clock tcpip.Clock) *stack.Stack {
 	return stack.New(stack.Options{
 		NetworkProtocols:   c.networks(cfg),
 		TransportProtocols: []stack.TransportProtocolFactory{newTCP},
+		Clock:              clock,
 		IPTables:           &c.tables,
 		Stats:              c.stats,
 		RandSource:         randSource{}, // math/rand's has 5 KiB of state

@@ -17,6 +17,8 @@ const (
 	// rawWait bounds one such wait, in milliseconds: timers set on this thread
 	// live on its P and are late by as much.
 	rawWait = 2
+	// longWait bounds a wait with a deadline: epoll counts in 32 bits.
+	longWait = time.Hour
 )
 
 // wait returns the number of r.events that are ready. It does not wait while
@@ -34,8 +36,13 @@ func (r *reader) wait() int {
 	}
 	now := time.Now()
 	limit := -1 // milliseconds
-	if d, ok := r.held.next(now); ok {
-		limit = int((d + time.Millisecond - 1) / time.Millisecond)
+	for _, next := range [...]func(time.Time) (time.Duration, bool){r.held.next, r.timers.next} {
+		if d, ok := next(now); ok {
+			ms := int((min(d, longWait) + time.Millisecond - 1) / time.Millisecond)
+			if limit < 0 || ms < limit {
+				limit = ms
+			}
+		}
 	}
 	if now.Sub(r.lastPacket) < busy {
 		ms := rawWait
