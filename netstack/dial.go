@@ -64,6 +64,11 @@ const (
 	lastPort  = 65535
 	// portTries bounds how many are looked at.
 	portTries = 1024
+	// portStep is how far from the last port the next one is at most: "the
+	// random-increments port selection algorithm". A port is not the last one's
+	// again, whose RST the peer may not have seen.
+	// https://www.rfc-editor.org/rfc/rfc6056#section-3.3.5
+	portStep = 500
 )
 
 // open makes the endpoint and completes the flow's key with a port that is free.
@@ -95,12 +100,13 @@ func (s *Stack) freePort(src, dst netip.AddrPort) (netip.AddrPort, error) {
 		return src, nil
 	}
 	const ports = lastPort - firstPort + 1
-	first := rand.N(uint32(ports))
-	for i := range uint32(portTries) {
-		own := netip.AddrPortFrom(src.Addr(), uint16(firstPort+(first+i)%ports))
+	s.port = (s.port + 1 + rand.N(uint32(portStep))) % ports
+	for range portTries {
+		own := netip.AddrPortFrom(src.Addr(), uint16(firstPort+s.port))
 		if s.isFree(tupleOf(dst, own)) {
 			return own, nil
 		}
+		s.port = (s.port + 1) % ports
 	}
 	return src, syscall.EADDRINUSE
 }

@@ -66,6 +66,31 @@ func TestDialFindsAFreePort(t *testing.T) {
 	})
 }
 
+// Once in 50,000 times a random port was the last one's, and the SYN came to a
+// peer that had not seen the RST yet: connection refused.
+func TestPortIsNotUsedAgainSoon(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	do(r.proxy.Loop(), func() int {
+		used := map[uint16]int{}
+		for i := range 20_000 {
+			own, err := r.proxy.freePort(netip.AddrPortFrom(pod, 0), service)
+			if err != nil || own.Port() < firstPort {
+				t.Errorf("port %d, %v", own.Port(), err)
+				return 0
+			}
+			if last, ok := used[own.Port()]; ok && i-last < 50 {
+				t.Errorf("port %d is used again after %d dials", own.Port(), i-last)
+				return 0
+			}
+			used[own.Port()] = i
+		}
+		if len(used) < 5000 {
+			t.Errorf("%d ports of 20,000 dials", len(used))
+		}
+		return 0
+	})
+}
+
 // The peer of a network leg may still send to a connection in TIME_WAIT.
 func TestPortInTimeWaitIsNotFree(t *testing.T) {
 	r := newRig(t, StackConfig{})

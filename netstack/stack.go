@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"sync"
@@ -49,6 +50,7 @@ type Stack struct {
 	bypass    forwarded
 	listeners []*listener
 	reserved  int64
+	port      uint32  // of the last dial without one, from firstPort on
 	timeWaits []*Flow // oldest first
 	quiet     bool    // answers no SYN
 	closed    bool
@@ -61,6 +63,7 @@ type Stack struct {
 func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 	s := &Stack{
 		cfg: cfg, limits: cfg.Limits.withDefaults(), reader: r, dev: dev,
+		port:      rand.N(uint32(lastPort - firstPort + 1)),
 		flows:     map[tuple]*Flow{},
 		pending:   map[tuple]*Request{},
 		perSource: map[[16]byte]int{},
@@ -79,7 +82,7 @@ func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 	}
 	s.bypass.init(cfg.Older)
 	s.link = &link{stack: s}
-	s.gv = r.shared.newGVisor(&s.cfg)
+	s.gv = r.shared.newGVisor(&s.cfg, &r.timers)
 	if err := s.configure(); err != nil {
 		s.gv.Destroy()
 		return nil, err
