@@ -224,7 +224,7 @@ func TestAttachServeDetach(t *testing.T) {
 		t.Errorf("%d ICMP sockets came with the device, want one for each family", got)
 	}
 	d := w.Device
-	if d == nil || d.ID == "" || d.MTU != 1500 || !d.BypassInbound || d.DNSCapture ||
+	if d == nil || d.ID == "" || d.MTU != 1500 || !d.Offload || !d.BypassInbound || d.DNSCapture ||
 		!slices.Contains(d.Addresses, netip.MustParseAddr("10.0.0.2")) || !slices.Contains(d.Addresses, netip.MustParseAddr("fd00::2")) ||
 		!slices.Equal(d.ProbePorts, p.ProbePorts) || len(d.NodeAddresses) != 1 {
 		t.Errorf("the device is described as %+v", d)

@@ -58,14 +58,14 @@ func (p *Pod) workload(d *zds.Device) zds.Workload {
 	return zds.Workload{UID: p.UID, Name: p.Name, Namespace: p.Namespace, ServiceAccount: p.ServiceAccount, Device: d}
 }
 
-// device describes what podnet made of the pod to a proxy.
+// device describes what podnet made of the pod to a proxy, but for Offload, which who opened the device knows.
 func (p *Pod) device(id string, st *podnet.State, node []netip.Addr) *zds.Device {
 	addrs := p.Addresses
 	if len(addrs) == 0 {
 		addrs = st.Addrs
 	}
 	d := &zds.Device{
-		ID: id, Addresses: addrs, MTU: st.MTU, Offload: true,
+		ID: id, Addresses: addrs, MTU: st.MTU,
 		BypassInbound: p.BypassInbound, DNSCapture: p.DNSCapture, VirtualInterfaces: len(p.VirtualInterfaces) > 0,
 		NodeAddresses: node, ProbePorts: p.ProbePorts,
 	}
