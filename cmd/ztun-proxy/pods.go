@@ -128,6 +128,7 @@ func (s *pod) count(sum map[string]uint64) {
 		"limit_connections": stack.LimitConnections + pod.Limited.Load(), "limit_pending": stack.LimitPending,
 		"expired": stack.Expired, "cut": pod.Cut.Load(), "icmp_error": stack.ICMP,
 		"limit_tunnels": pool.Limited.Load() + peers.Limited.Load(), "handshake_failed": peers.HandshakeFails.Load(),
+		"same_node": pod.SameNode.Load(),
 	} {
 		sum[event] += n
 	}

@@ -162,11 +162,16 @@ func (p *proxy) newPods() *pods {
 	}
 	client := tunnels
 	client.MaxStreams = uint32(h.MaxStreams)
+	var neighbours *tunnel.Neighbours
+	if !h.NoJoin {
+		neighbours = tunnel.NewNeighbours()
+	}
 	return &pods{
 		engine: p.engine, traffic: p.traffic, log: p.logs.Logger("proxy"), policyLog: p.logs.Logger("state"),
 		running: map[*pod]struct{}{}, ended: map[string]uint64{},
 		config: tunnel.Config{
 			Mesh: p.store, Certs: p.certs, Handshakes: p.handshakes,
+			Neighbours:        neighbours,
 			NoResponseBaggage: h.NoBaggage,
 			PolicyInfo:        p.cfg.Log.PolicyInfo,
 			H2Client:          client, H2Server: tunnels,
@@ -195,6 +200,10 @@ func (p *proxy) metrics(out *telemetry.Writer) *telemetry.Metrics {
 	m.Counter("ztun_agent_protocol_errors_total",
 		"Messages of the node agent that broke the protocol (unstable).", func() uint64 { return p.agent.Stats().ProtocolErrors })
 	m.Counter("ztun_log_lines_dropped_total", "Log lines that found the output too slow (unstable).", out.Dropped)
+	if n := p.pods.config.Neighbours; n != nil {
+		m.Gauge("ztun_same_node_buffers_bytes",
+			"Buffers that streams between pods of this node hold (unstable).", func() float64 { return float64(n.Memory()) })
+	}
 	m.Counters("ztun_pod_events_total",
 		"What happened at the devices and connections of all pods (unstable).", "event", p.pods.counts)
 	return m

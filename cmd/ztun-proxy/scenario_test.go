@@ -71,6 +71,7 @@ type node struct {
 	proxy                  *exec.Cmd
 	exited                 chan struct{}
 	log                    *lockedBuffer
+	joined                 bool // The proxy hands streams from pod to pod over in memory.
 }
 
 type lockedBuffer struct {
@@ -127,6 +128,17 @@ func newNode(t *testing.T) *node {
 		}
 	}
 	return n
+}
+
+// bothPaths runs f with pods that are joined in memory, and with tunnels.
+func bothPaths(t *testing.T, f func(t *testing.T, n *node)) {
+	for name, joined := range map[string]bool{"joined": true, "wire": false} {
+		t.Run(name, func(t *testing.T) {
+			n := newNode(t)
+			n.joined = joined
+			f(t, n)
+		})
+	}
 }
 
 func serveEcho(l net.Listener) {
@@ -192,6 +204,9 @@ func (n *node) startProxy(env ...string) {
 		"AUTH_TOKEN=" + filepath.Join(n.dir, "token"), "INPOD_UDS=" + filepath.Join(n.dir, "agent.sock"),
 		"POD_NAME=ztunnel-n", "POD_NAMESPACE=istio-system",
 	}, env...)
+	if !n.joined {
+		cmd.Env = append(cmd.Env, "ZTUN_SAME_NODE_JOIN=false")
+	}
 	cmd.Stdout, cmd.Stderr = n.log, n.log
 	if err := cmd.Start(); err != nil {
 		n.Fatal(err)
@@ -298,87 +313,89 @@ func (n *node) wantNewConnection(why string) {
 }
 
 func TestProxyLife(t *testing.T) {
-	n := newNode(t)
-	n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s", "AUTHZ_POLICY_INFO_LOGGING=true")
-	live := n.connect()
-	n.wantEcho("a connection", live)
-	if line := "\tinfo\tstate\tno allow policies, allow\twl=\"default/pb\" src.addr=10.1.0.11:"; !strings.Contains(n.log.String(), line) {
-		t.Errorf("no decision of the policies was logged as %q", line)
-	}
-
-	t.Run("no privileges", func(t *testing.T) {
-		if err := verifyPrivileges(fmt.Sprintf("/proc/%d/task", n.proxy.Process.Pid)); err != nil {
-			t.Error(err)
+	bothPaths(t, func(t *testing.T, n *node) {
+		n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s", "AUTHZ_POLICY_INFO_LOGGING=true")
+		live := n.connect()
+		n.wantEcho("a connection", live)
+		if line := "\tinfo\tstate\tno allow policies, allow\twl=\"default/pb\" src.addr=10.1.0.11:"; !strings.Contains(n.log.String(), line) {
+			t.Errorf("no decision of the policies was logged as %q", line)
 		}
+
+		t.Run("no privileges", func(t *testing.T) {
+			if err := verifyPrivileges(fmt.Sprintf("/proc/%d/task", n.proxy.Process.Pid)); err != nil {
+				t.Error(err)
+			}
+		})
+		t.Run("dump", n.checkDump)
+		t.Run("metrics", n.checkMetrics)
+
+		n.stopControl()
+		n.wantEcho("without a control plane", live)
+		n.wantNewConnection("a new one without a control plane")
+		n.startControl()
+		n.wantEcho("with a control plane again", live)
+
+		n.stopAgent()
+		eventually(t, "not ready without an agent", func() bool { return n.readiness() == "not ready, pending: workload proxy manager" })
+		n.wantEcho("without an agent", live)
+		n.wantNewConnection("a new one without an agent")
+		n.startAgent()
+		eventually(t, "ready again", func() bool { return n.readiness() == "ready\n" })
+		n.wantEcho("with an agent again", live)
+		n.wantNewConnection("a new one with an agent again")
+
+		n.signal(syscall.SIGTERM)
+		eventually(t, "readiness stops", func() bool { return strings.Contains(n.readiness(), "refused") })
+		n.wantEcho("while it drains", live)
+		_ = live.Close()
+		n.wantExit("its last connection has ended")
+
+		n.startProxy()
+		n.wantNewConnection("of the next proxy")
 	})
-	t.Run("dump", n.checkDump)
-	t.Run("metrics", n.checkMetrics)
-
-	n.stopControl()
-	n.wantEcho("without a control plane", live)
-	n.wantNewConnection("a new one without a control plane")
-	n.startControl()
-	n.wantEcho("with a control plane again", live)
-
-	n.stopAgent()
-	eventually(t, "not ready without an agent", func() bool { return n.readiness() == "not ready, pending: workload proxy manager" })
-	n.wantEcho("without an agent", live)
-	n.wantNewConnection("a new one without an agent")
-	n.startAgent()
-	eventually(t, "ready again", func() bool { return n.readiness() == "ready\n" })
-	n.wantEcho("with an agent again", live)
-	n.wantNewConnection("a new one with an agent again")
-
-	n.signal(syscall.SIGTERM)
-	eventually(t, "readiness stops", func() bool { return strings.Contains(n.readiness(), "refused") })
-	n.wantEcho("while it drains", live)
-	_ = live.Close()
-	n.wantExit("its last connection has ended")
-
-	n.startProxy()
-	n.wantNewConnection("of the next proxy")
 }
 
 // TestConnectDuringDrainIsServedByTheNextProxy: from a pod to a pod, and from
 // outside of the mesh.
 func TestConnectDuringDrainIsServedByTheNextProxy(t *testing.T) {
-	n := newNode(t)
-	n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s")
-	live := n.connect()
-	n.wantEcho("a connection", live)
-	n.signal(syscall.SIGTERM)
-	eventually(t, "no SYN is answered", func() bool { return strings.Contains(n.log.String(), "wait for the next proxy") })
-	var late []chan error
-	for _, from := range []*netnstest.NS{n.pa, n.fabric} {
-		done := make(chan error, 1)
-		late = append(late, done)
-		go func() {
-			c, err := from.Dial("tcp", "10.1.0.12:8080", patience)
-			if err == nil {
-				err = echo(c, "late")
-				_ = c.Close()
+	bothPaths(t, func(t *testing.T, n *node) {
+		n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s")
+		live := n.connect()
+		n.wantEcho("a connection", live)
+		n.signal(syscall.SIGTERM)
+		eventually(t, "no SYN is answered", func() bool { return strings.Contains(n.log.String(), "wait for the next proxy") })
+		var late []chan error
+		for _, from := range []*netnstest.NS{n.pa, n.fabric} {
+			done := make(chan error, 1)
+			late = append(late, done)
+			go func() {
+				c, err := from.Dial("tcp", "10.1.0.12:8080", patience)
+				if err == nil {
+					err = echo(c, "late")
+					_ = c.Close()
+				}
+				done <- err
+			}()
+		}
+		wire := n.fabric.Capture("br0") // Sees what the second one sends.
+		eventually(t, "a SYN was repeated", func() bool { return len(wire.Packets(isSYN)) > 0 })
+		n.wantEcho("while it drains", live)
+		for _, done := range late {
+			select {
+			case err := <-done:
+				t.Errorf("answered by a proxy that drains: %v", err)
+			default:
 			}
-			done <- err
-		}()
-	}
-	wire := n.fabric.Capture("br0") // Sees what the second one sends.
-	eventually(t, "a SYN was repeated", func() bool { return len(wire.Packets(isSYN)) > 0 })
-	n.wantEcho("while it drains", live)
-	for _, done := range late {
-		select {
-		case err := <-done:
-			t.Errorf("answered by a proxy that drains: %v", err)
-		default:
 		}
-	}
-	_ = live.Close()
-	n.wantExit("its last connection has ended")
-	n.startProxy()
-	for _, done := range late {
-		if err := <-done; err != nil {
-			t.Errorf("a connect during the drain: %v", err)
+		_ = live.Close()
+		n.wantExit("its last connection has ended")
+		n.startProxy()
+		for _, done := range late {
+			if err := <-done; err != nil {
+				t.Errorf("a connect during the drain: %v", err)
+			}
 		}
-	}
+	})
 }
 
 // TestKeepaliveProbesSilentPeers: as often as the environment says.
@@ -460,16 +477,20 @@ func (n *node) checkDump(t *testing.T) {
 		WorkloadState map[string]struct {
 			State       string
 			Connections struct {
-				Outbound []struct{ ActualDst, Protocol string }
+				Outbound []struct{ ActualDst, Protocol, Path string }
 			}
 		}
 	}
 	if err := json.Unmarshal([]byte(text), &dump); err != nil {
 		t.Fatal(err)
 	}
+	path := ""
+	if n.joined {
+		path = "same-node"
+	}
 	pa := dump.WorkloadState["pa"]
 	if len(dump.Workloads) != 2 || len(dump.Certificates) != 2 || dump.Certificates[0].State != "Available" || pa.State != "Up" ||
-		len(pa.Connections.Outbound) != 1 || pa.Connections.Outbound[0].Protocol != "HBONE" {
+		len(pa.Connections.Outbound) != 1 || pa.Connections.Outbound[0].Protocol != "HBONE" || pa.Connections.Outbound[0].Path != path {
 		t.Errorf("dump = %+v", dump)
 	}
 	if token, err := os.ReadFile(filepath.Join(n.dir, "token")); err != nil || strings.Contains(text, string(token)) {
@@ -494,6 +515,9 @@ func (n *node) checkMetrics(t *testing.T) {
 			t.Errorf("no %s", want)
 		}
 	}
+	if got := strings.Contains(text, `ztun_pod_events_total{event="same_node"} 1.0`); got != n.joined {
+		t.Errorf("a connection handed over in memory is counted: %v, want %v", got, n.joined)
+	}
 	for _, name := range []string{"received", "sent"} { // By the connection that lives.
 		if !regexp.MustCompile(`(?m)^istio_tcp_` + name + `_bytes_total\{.*\} 12\.0$`).MatchString(text) {
 			t.Errorf("12 bytes %s are not counted", name)
@@ -502,17 +526,18 @@ func (n *node) checkMetrics(t *testing.T) {
 }
 
 func TestDrainDeadlineCuts(t *testing.T) {
-	n := newNode(t)
-	n.startProxy("CONNECTION_TERMINATION_DEADLINE=100ms")
-	live := n.connect()
-	n.wantEcho("a connection", live)
-	if code, text, err := n.http("POST", "15000", "/quitquitquit"); err != nil || code != 200 || text != "shutdown now\n" {
-		t.Fatalf("quit: %d %q, %v", code, text, err)
-	}
-	n.wantExit("the deadline has passed")
-	if err := echo(live, "x"); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
-		t.Errorf("after the deadline the connection says %v, want a reset", err)
-	}
+	bothPaths(t, func(t *testing.T, n *node) {
+		n.startProxy("CONNECTION_TERMINATION_DEADLINE=100ms")
+		live := n.connect()
+		n.wantEcho("a connection", live)
+		if code, text, err := n.http("POST", "15000", "/quitquitquit"); err != nil || code != 200 || text != "shutdown now\n" {
+			t.Fatalf("quit: %d %q, %v", code, text, err)
+		}
+		n.wantExit("the deadline has passed")
+		if err := echo(live, "x"); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("after the deadline the connection says %v, want a reset", err)
+		}
+	})
 }
 
 func TestSecondInterruptEndsAtOnce(t *testing.T) {

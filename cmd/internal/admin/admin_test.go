@@ -246,6 +246,11 @@ func TestDumpGolden(t *testing.T) {
 		"uid-pa": {State: "Up", Info: info("pa"), Connections: DumpConnections([]tunnel.Live{{Record: out}})},
 		"uid-pb": {State: "Up", Info: info("pb"), Connections: DumpConnections([]tunnel.Live{{Record: in}})},
 	}
+	joined := out
+	joined.SameNode = true
+	if c := DumpConnections([]tunnel.Live{{Record: out}, {Record: joined}}).Outbound; c[0].Path != "" || c[1].Path != "same-node" || c[1].Protocol != "HBONE" {
+		t.Errorf("connections on the wire and in memory: %+v", c)
+	}
 	m := mesh.NewStore(mesh.Config{}).Snapshot().Dump()
 	ours, err := json.Marshal(NewDump(map[string]any{}, map[string]any{}, m, status, pods))
 	if err != nil {

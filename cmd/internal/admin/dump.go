@@ -115,6 +115,7 @@ type ConnectionDump struct {
 	OriginalDst *string `json:"originalDst"`
 	Protocol    string  `json:"protocol"`
 	Src         string  `json:"src"`
+	Path        string  `json:"path,omitempty"` // Ours: "same-node" if it stays in this process.
 }
 
 // DumpConnections sorts live connections into their directions.
@@ -127,6 +128,9 @@ func DumpConnections(live []tunnel.Live) *Connections {
 		target := l.HBONEAddr
 		if target != "" {
 			d.Protocol = "HBONE"
+		}
+		if l.SameNode {
+			d.Path = "same-node"
 		}
 		if l.Direction == tunnel.Inbound {
 			if target != "" {

@@ -129,6 +129,9 @@ type HBONE struct {
 	MaxStreams       uint16 // Streams on one pooled connection. 100
 	PoolIdle         time.Duration
 	NoBaggage        bool // Neither send nor believe baggage.
+	// NoJoin sends streams between pods of this node through tunnels too. They
+	// are handed over in memory otherwise.
+	NoJoin bool
 }
 
 // maxKeepalive is what kernels take (tcp(7)).

@@ -196,6 +196,17 @@ func TestQuantity(t *testing.T) {
 	}
 }
 
+func TestSameNodeJoin(t *testing.T) {
+	for value, want := range map[string]bool{"": true, "ZTUN_SAME_NODE_JOIN=true": true, "ZTUN_SAME_NODE_JOIN=false": false} {
+		if c := mustLoad(t, value); c.HBONE.NoJoin == want || c.Dump().SameNodeJoin != want {
+			t.Errorf("%q: NoJoin = %v, in the dump %v", value, c.HBONE.NoJoin, c.Dump().SameNodeJoin)
+		}
+	}
+	if _, err := load(t, "ZTUN_SAME_NODE_JOIN=perhaps"); err == nil {
+		t.Error("nonsense was accepted")
+	}
+}
+
 func TestDrain(t *testing.T) {
 	for _, tt := range []struct {
 		env  []string

@@ -58,6 +58,7 @@ type Dump struct {
 	CRLPath                *string           `json:"crlPath"`
 	EnableEnhancedBaggage  bool              `json:"enableEnhancedBaggage"`
 	PostQuantumKeyExchange string            `json:"postQuantumKeyExchange"` // Ours: "preferred" or "only".
+	SameNodeJoin           bool              `json:"sameNodeJoin"`           // Ours.
 }
 
 type socketConfig struct {
@@ -124,6 +125,7 @@ func (c *Config) Dump() Dump {
 		IPv6Enabled:            !c.Node.IPv4Only,
 		EnableEnhancedBaggage:  !c.HBONE.NoBaggage,
 		PostQuantumKeyExchange: "preferred",
+		SameNodeJoin:           !c.HBONE.NoJoin,
 	}
 	if c.Certs.PostQuantumOnly {
 		d.PostQuantumKeyExchange = "only"

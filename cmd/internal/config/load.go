@@ -261,6 +261,7 @@ func (l *loader) dataPlane() {
 	set(l, "POOL_MAX_STREAMS_PER_CONNECTION", &c.HBONE.MaxStreams, nonZero(parseUint[uint16](16)))
 	set(l, "POOL_UNUSED_RELEASE_TIMEOUT", &c.HBONE.PoolIdle, nonZero(parseDuration))
 	c.HBONE.NoBaggage = !l.flag("ENABLE_RESPONSE_BAGGAGE", true)
+	c.HBONE.NoJoin = !l.flag("ZTUN_SAME_NODE_JOIN", true)
 
 	c.Keepalive.Off = !l.flag("KEEPALIVE_ENABLED", true)
 	set(l, "KEEPALIVE_TIME", &c.Keepalive.Time, nonZero(parseDuration))

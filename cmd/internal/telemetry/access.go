@@ -34,6 +34,9 @@ func addRecord(l *line, r *tunnel.Record, complete bool) {
 	if text := r.Error(); text != "" {
 		l.text("error", text)
 	}
+	if r.SameNode {
+		l.text("path", "same-node") // Ours: no tunnel, the stream stayed in this process.
+	}
 }
 
 type sideNames struct{ workload, namespace, identity, cluster string }

@@ -121,6 +121,22 @@ func TestAccessJSON(t *testing.T) {
 	}
 }
 
+// TestAccessSaysThePath: where a stock ztunnel's log has nothing, behind all it has.
+func TestAccessSaysThePath(t *testing.T) {
+	r := &tunnel.Record{
+		Src: netip.MustParseAddrPort("10.0.0.1:1"), Dst: netip.MustParseAddrPort("10.0.0.2:15008"), HBONEAddr: "10.0.0.2:80",
+		Reason: tunnel.PeerStatus, Err: errors.New("x"),
+	}
+	const path = ` path="same-node"`
+	if line := logRecord(t, false, time.Time{}, r); strings.Contains(line, path) {
+		t.Errorf("on the wire: %s", line)
+	}
+	r.SameNode = true
+	if line := logRecord(t, false, time.Time{}, r); !strings.HasSuffix(line, path+"\n") {
+		t.Errorf("in memory: %s", line)
+	}
+}
+
 // TestAccessPlain does it in the plain form. That run had an empty trust
 // domain, which is no identity here: it is given one.
 func TestAccessPlain(t *testing.T) {
