@@ -38,8 +38,10 @@ type AttachOrder struct {
 const (
 	// statesFD takes a line with the status of every pod when one changed.
 	statesFD = 3
-	// statesEvery is how often that is looked at.
-	statesEvery = 50 * time.Millisecond
+	// statesEvery is how often that is looked at, at first and when something
+	// has changed; the longer nothing does, the seldomer, to statesAtLeast.
+	statesEvery   = 50 * time.Millisecond
+	statesAtLeast = 400 * time.Millisecond
 	// detachTimeout bounds how long a pod's plumbing may take to go.
 	detachTimeout = 10 * time.Second
 )
@@ -69,15 +71,21 @@ func RunAttach(text string, open func(AttachOrder, *slog.Logger) (AttachSide, er
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
-	reported := make(chan struct{})
+	reported, told := make(chan struct{}), make(chan struct{}, 1)
 	go func() {
 		defer close(reported)
-		reportStates(ctx, a)
+		reportStates(ctx, a, told)
 	}()
 	go func() {
 		defer cancel()
 		wanted := map[string]agent.Pod{}
-		err := decodeLines(os.Stdin, func(pods []agent.Pod) { want(ctx, a, wanted, pods, log) })
+		err := decodeLines(os.Stdin, func(pods []agent.Pod) {
+			want(ctx, a, wanted, pods, log)
+			select {
+			case told <- struct{}{}:
+			default:
+			}
+		})
 		if err != nil {
 			log.Error("no more pods", "error", err)
 		}
@@ -116,22 +124,22 @@ func want(ctx context.Context, a AttachSide, wanted map[string]agent.Pod, pods [
 }
 
 // reportStates writes the side's status to statesFD, first and whenever it
-// changed, until ctx ends.
-func reportStates(ctx context.Context, a AttachSide) {
+// changed, until ctx ends. It looks again at once when it is told something.
+func reportStates(ctx context.Context, a AttachSide, told <-chan struct{}) {
 	out := os.NewFile(statesFD, "states")
 	defer out.Close()
-	tick := time.NewTicker(statesEvery)
-	defer tick.Stop()
 	var last string
-	for {
+	for wait := statesEvery; ; wait = min(2*wait, statesAtLeast) {
 		if text, err := json.Marshal(a.Status()); err == nil && string(text) != last {
-			last = string(text)
+			last, wait = string(text), statesEvery
 			if _, err := fmt.Fprintln(out, last); err != nil {
 				return
 			}
 		}
 		select {
-		case <-tick.C:
+		case <-told:
+			wait = statesEvery / 2
+		case <-time.After(wait):
 		case <-ctx.Done():
 			return
 		}
