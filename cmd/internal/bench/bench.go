@@ -41,6 +41,7 @@ type bench struct {
 	agents   map[string]*agent // By where they are.
 	addrs    map[string]netip.Addr
 	figures  *figures
+	busiest  bystanding // That were the busiest.
 }
 
 // meterAt is where processes are looked at: it sees all of the lab's.
@@ -308,9 +309,7 @@ func (b *bench) runTrial(ctx context.Context, t trial, round int) error {
 		if l.missing != "" || l.broken || t.skips(l) {
 			continue
 		}
-		stop := b.profile(ctx, t, l, round)
-		got, err := t.measure(ctx, b, l)
-		err = errors.Join(err, stop())
+		got, err := b.runOn(ctx, t, l, round)
 		if ctx.Err() != nil {
 			return err
 		}
@@ -336,4 +335,15 @@ func (b *bench) runTrial(ctx context.Context, t trial, round int) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// runOn measures a trial on one leg.
+func (b *bench) runOn(ctx context.Context, t trial, l *leg, round int) (map[string]float64, error) {
+	watched, err := b.watchBystanders(ctx, t, l)
+	if err != nil {
+		return nil, err
+	}
+	profiled := b.profile(ctx, t, l, round)
+	got, err := t.measure(ctx, b, l)
+	return got, errors.Join(err, profiled(), watched())
 }

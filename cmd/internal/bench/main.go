@@ -141,6 +141,7 @@ func runBench(ctx context.Context, args []string, out, progress io.Writer) (err 
 	if len(r.list()) == 0 {
 		return err
 	}
+	r.busiest = b.busiest
 	r.markdown(out)
 	if ctx.Err() != nil {
 		return fmt.Errorf("%w; %s is not written", err, c.json)

@@ -16,6 +16,7 @@ type report struct {
 	rows    []row
 	legs    []*leg
 	figures *figures
+	busiest bystanding
 }
 
 // list returns the figures in the order of the table.
@@ -63,6 +64,10 @@ func (r *report) markdown(w io.Writer) {
 		fmt.Fprintf(w, ", o ratio to %s (of %s: to %s)", legOther, legSameNode, legOtherSameNode)
 	}
 	fmt.Fprintln(w, ".")
+	if r.busiest.leg != "" {
+		fmt.Fprintf(w, "\nWhat had no part in a leg used at most %.1f %% of a CPU under load (%s, %s; most of it %s).\n",
+			100*r.busiest.share, r.busiest.leg, r.busiest.row, r.busiest.most)
+	}
 	for _, l := range r.legs {
 		if l.missing != "" {
 			fmt.Fprintf(w, "\n%s is n/a: %s\n", l.name, l.missing)

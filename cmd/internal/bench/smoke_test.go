@@ -52,7 +52,7 @@ func newWire(t *testing.T) *bench {
 		})
 	}
 	b := &bench{
-		options: options{Rounds: 1, Window: 100 * time.Millisecond, Settle: time.Second, Conns: 50},
+		options: options{Rounds: 1, Window: time.Second, Settle: time.Second, Conns: 50},
 		site:    w, program: program, progress: &bytes.Buffer{}, figures: newFigures(1),
 		// The second leg would capture the first one's client here.
 		legs: legs[:1],
