@@ -27,7 +27,8 @@
 // logs each lack once. The rest is always there, or its absence is noticed
 // before anything runs:
 //
-//	epoll_pwait, eventfd2    Linux 2.6.27; Go's own poller needs them too
+//	epoll_pwait, eventfd2,   Linux 2.6.32 at most; Go itself needs 3.2, and
+//	SO_DOMAIN                its poller the first two
 //	raw ICMP sockets         may be left out (StackConfig.ICMP)
 //	raw system calls do not  else a wait costs more CPU: no other harm
 //	tell Go's scheduler
