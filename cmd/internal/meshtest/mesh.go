@@ -40,6 +40,7 @@ type Mesh struct {
 	Fabric *netnstest.NS // the bridge that joins all pods, and their gateway
 	CA     *certstest.CA
 	Log    *slog.Logger // of the engines of nodes made later; nil: none
+	near   *Network     // that of the Fabric
 	nodes  []*Node
 	pods   []*Pod
 }
@@ -48,8 +49,7 @@ type Mesh struct {
 func New(t testing.TB) *Mesh {
 	t.Helper()
 	m := &Mesh{T: t, Fabric: netnstest.New(t, "fabric"), CA: certstest.New()}
-	m.Fabric.Bridge("br0")
-	m.Fabric.Addr("br0", "10.1.0.1/16", "fd00:1::1/64")
+	m.near = m.network(m.Fabric, 1)
 	return m
 }
 
@@ -59,6 +59,7 @@ type Node struct {
 	Store      *mesh.Store
 	Records    *Records
 	mesh       *Mesh
+	network    *Network
 	engine     *netstack.Engine
 	certs      *certs.Manager
 	handshakes *hbone.Handshakes
@@ -69,7 +70,7 @@ type Node struct {
 // Node makes a node; its proxy runs.
 func (m *Mesh) Node(name string) *Node {
 	m.T.Helper()
-	n := &Node{Name: name, mesh: m, Records: &Records{}, Store: mesh.NewStore(mesh.Config{LocalNode: name})}
+	n := &Node{Name: name, mesh: m, network: m.near, Records: &Records{}, Store: mesh.NewStore(mesh.Config{LocalNode: name})}
 	n.start()
 	m.nodes = append(m.nodes, n)
 	m.T.Cleanup(n.stop)
@@ -133,18 +134,25 @@ type Pod struct {
 // may be nil, else a later Join puts it behind that node's proxy.
 func (m *Mesh) Bare(name string, node *Node) *Pod {
 	m.T.Helper()
+	if node != nil {
+		return m.bare(node.network, name, node)
+	}
+	return m.bare(m.near, name, nil)
+}
+
+func (m *Mesh) bare(net *Network, name string, node *Node) *Pod {
+	m.T.Helper()
 	i := byte(len(m.pods) + 10)
 	p := &Pod{
 		Name: name, mesh: m, Node: node, NS: netnstest.New(m.T, name),
-		Addr:  netip.AddrFrom4([4]byte{10, 1, 0, i}),
-		Addr6: netip.AddrFrom16([16]byte{0: 0xfd, 3: 1, 15: i}),
+		Addr: net.addr(i), Addr6: net.addr6(i),
 	}
 	port := "p-" + name
-	netnstest.Veth(m.T, m.Fabric, port, p.NS, "eth0")
-	m.Fabric.Port("br0", port)
+	netnstest.Veth(m.T, net.NS, port, p.NS, "eth0")
+	net.NS.Port("br0", port)
 	p.NS.Addr("eth0", p.Addr.String()+"/16", p.Addr6.String()+"/64")
-	p.NS.Route("0.0.0.0/0", "10.1.0.1", "eth0")
-	p.NS.Route("::/0", "fd00:1::1", "eth0")
+	p.NS.Route("0.0.0.0/0", net.gateway().String(), "eth0")
+	p.NS.Route("::/0", net.gateway6().String(), "eth0")
 	p.Workload = &workloadapi.Workload{
 		Uid: "Kubernetes//Pod/" + Namespace + "/" + name, Name: name, Namespace: Namespace,
 		Addresses:      [][]byte{p.Addr.AsSlice(), p.Addr6.AsSlice()},
@@ -355,6 +363,8 @@ type Records struct {
 	closed []tunnel.Record
 	failed []tunnel.Record
 	opened int
+	// forgotten is how many closed ones Forget has dropped.
+	forgotten int
 }
 
 func (r *Records) Opened(*tunnel.Record) {
@@ -373,6 +383,14 @@ func (r *Records) Failed(rec *tunnel.Record) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.failed = append(r.failed, *rec)
+}
+
+// Forget drops the records kept so far; Counts stay.
+func (r *Records) Forget() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.forgotten += len(r.closed)
+	r.closed, r.failed = nil, nil
 }
 
 // Wait returns the first closed or failed record that matches.
@@ -398,7 +416,7 @@ func (r *Records) Wait(t testing.TB, what string, match func(*tunnel.Record) boo
 func (r *Records) Counts() (opened, closed int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.opened, len(r.closed)
+	return r.opened, r.forgotten + len(r.closed)
 }
 
 // String lists what did not end well, for a failing test.
