@@ -137,6 +137,7 @@ func (d *dial) progress() {
 	case isConnected(state):
 		d.stop()
 		f.connect = nil
+		forgetHandshake(f.ep)
 		f.establish()
 		d.done(f, nil)
 	case state == tcp.StateError || state == tcp.StateClose:

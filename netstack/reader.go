@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"runtime"
@@ -10,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/buffer"
+	"gvisor.dev/gvisor/pkg/tcpip"
 
 	"github.com/ztun/ztun/tun"
 	"github.com/ztun/ztun/tunnel/splice"
@@ -56,6 +58,9 @@ type reader struct {
 	lastPacket  time.Time
 	held        heldACKs
 	locked      []*Flow // flows whose endpoint lock the batch holds
+	// What a Flow's Read and Write hand to gVisor; empty but during the call.
+	sink   tcpip.SliceWriter
+	source bytes.Reader
 }
 
 func newReader(e *Engine, index int) (*reader, error) {
