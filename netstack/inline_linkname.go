@@ -28,6 +28,9 @@ func drainClosingSegmentQueue(e *tcp.Endpoint)
 //go:linkname startTimeWait gvisor.dev/gvisor/pkg/tcpip/transport/tcp.startTimeWait
 func startTimeWait(e *tcp.Endpoint)
 
+//go:linkname transitionToStateCloseLocked gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).transitionToStateCloseLocked
+func transitionToStateCloseLocked(e *tcp.Endpoint)
+
 //go:linkname timeWaitTimerExpired gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).timeWaitTimerExpired
 func timeWaitTimerExpired(e *tcp.Endpoint)
 
@@ -57,8 +60,13 @@ func (f *Flow) finish() {
 		drainClosingSegmentQueue(e)
 		f.queue.Notify(allEvents)
 	case state == tcp.StateTimeWait && f.local:
+		// What timeWaitTimerExpired does, under the same lock: what is left in the
+		// queue, a FIN that came twice, would go to gVisor's processor with the
+		// lock, which counts on the timer that startTimeWait sets, and panics.
+		transitionToStateCloseLocked(e)
 		e.UnlockUser()
-		timeWaitTimerExpired(e)
+		drainClosingSegmentQueue(e)
+		f.queue.Notify(allEvents)
 	case state == tcp.StateTimeWait:
 		startTimeWait(e)
 		e.UnlockUser()

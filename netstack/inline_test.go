@@ -23,6 +23,7 @@ var mirrored = []struct{ file, name, hash string }{
 	{"connect.go", "resetConnectionLocked", "d97552abab627f67"},
 	{"connect.go", "drainClosingSegmentQueue", "07ecfa78958cce00"},
 	{"connect.go", "timeWaitTimerExpired", "c8b87d26003a9e3d"},
+	{"connect.go", "transitionToStateCloseLocked", "dd7411c5c9a2b641"},
 	{"endpoint.go", "LockUser", "f7839d6579895c6c"},
 	{"endpoint.go", "UnlockUser", "37c87f4aca956e5d"},
 	{"endpoint.go", "connected", "b3b2e709ab98cf02"},

@@ -404,6 +404,34 @@ func TestSourcePortIsReusedAfterOurClose(t *testing.T) {
 	}
 }
 
+// A FIN that comes twice in a batch finds no TIME_WAIT on the pod leg.
+func TestFINTwiceAtOnce(t *testing.T) {
+	r := newRawRig(t, StackConfig{})
+	accept, ch := accepting(t, r.stack)
+	on(r.stack, r.handler, func(h *hooks) { h.tcp = accept })
+	for range 1000 {
+		next := r.handshakeAs(podPort, service, 100)
+		c := <-ch
+		c.CloseWrite()
+		r.read()
+		fin := segment(podPort, service, flagACK|flagFIN, 101, next+1, nil)
+		// The reader sleeps until all lie in the device.
+		do(r.stack.Loop(), func() int {
+			for range 4 {
+				r.write(tun.Header{}, fin)
+			}
+			return 0
+		})
+		r.sync()
+		c.Close()
+		eventually(t, "the flow's end", func() bool {
+			return do(r.stack.Loop(), func() int { return len(r.stack.flows) }) == 0
+		})
+		for _, _, ok := r.tryRead(0); ok; _, _, ok = r.tryRead(0) {
+		}
+	}
+}
+
 // rule 10: packets may be cut on the way, since no ICMP error reaches us.
 func TestPathMTUDiscoveryIsOff(t *testing.T) {
 	r := newRawRig(t, StackConfig{})
