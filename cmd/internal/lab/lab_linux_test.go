@@ -276,6 +276,26 @@ func TestStatusOfManyServices(t *testing.T) {
 	}
 }
 
+// What a pod knows of its node is not forgotten when the machine has more
+// neighbours than the kernel wants to know, and stays right when pods are added.
+func TestPodsKnowTheirNode(t *testing.T) {
+	var text strings.Builder
+	for i := range 6 {
+		fmt.Fprintf(&text, "---\n{apiVersion: v1, kind: Pod, metadata: {name: p%d}, spec: {containers: [{name: c, command: [sleep, '1000']}]}}\n", i)
+	}
+	l := start(t, Options{Files: map[string]string{"pods.yaml": text.String()}})
+	link, _ := run(t, l, "node/"+defaultNode, "ip", "-o", "link", "show", "cni0")
+	_, mac, _ := strings.Cut(link, "link/ether ")
+	mac, _, _ = strings.Cut(mac, " ")
+	want := gateways(0)[0].String() + " dev eth0 lladdr " + mac + " "
+	for i := range 6 {
+		out, _ := run(t, l, fmt.Sprintf("p%d", i), "ip", "neigh", "show", "nud", "permanent")
+		if mac == "" || !strings.Contains(out, want) {
+			t.Errorf("p%d knows %q, want %q", i, out, want)
+		}
+	}
+}
+
 func TestDownLeavesNothing(t *testing.T) {
 	l := start(t, Options{Files: map[string]string{"mesh.yaml": plainMesh}})
 	pids := members(t, l)

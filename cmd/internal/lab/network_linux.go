@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"net"
@@ -125,10 +126,44 @@ func (n *network) addPod(name string, nodeSpace *space, node, pod int) (*space, 
 	for i, p := range podSubnets(node) {
 		c.prefixes = append(c.prefixes, netip.PrefixFrom(addrs[i], p.Bits()))
 	}
-	if err := n.join(c); err != nil {
+	err = n.join(c)
+	if err == nil {
+		err = n.introduce(s, nodeSpace, node)
+	}
+	if err != nil {
 		return nil, errors.Join(err, s.close())
 	}
 	return s, nil
+}
+
+// introduce tells a pod its node's hardware address, for good. The kernel bounds
+// what all namespaces of the machine learn together, to some 1,000 neighbours:
+// with hundreds of pods it forgets some that are in use.
+func (n *network) introduce(pod, nodeSpace *space, node int) error {
+	var bridge netlink.Link
+	err := nodeSpace.link(func(h *netlink.Handle) (err error) {
+		bridge, err = h.LinkByName("cni0")
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return pod.link(func(h *netlink.Handle) error {
+		eth0, err := h.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		for _, gw := range gateways(node) {
+			if gw.Is6() && !n.ipv6 {
+				continue
+			}
+			neigh := &netlink.Neigh{LinkIndex: eth0.Attrs().Index, State: netlink.NUD_PERMANENT, IP: gw.AsSlice(), HardwareAddr: bridge.Attrs().HardwareAddr}
+			if err := h.NeighSet(neigh); err != nil {
+				return fmt.Errorf("add neighbour %s: %w", gw, err)
+			}
+		}
+		return nil
+	})
 }
 
 // A cable joins a bridge to a far namespace, as its eth0.
@@ -185,6 +220,10 @@ func zeroOf(a netip.Addr) netip.Addr {
 func (n *network) addBridge(h *netlink.Handle, name string, prefixes []netip.Prefix) error {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name = name
+	// One of its own: else it is the least of its ports', and changes with them.
+	attrs.HardwareAddr = make(net.HardwareAddr, 6)
+	rand.Read(attrs.HardwareAddr)
+	attrs.HardwareAddr[0] = attrs.HardwareAddr[0]&^1 | 2 // Not multicast, and nobody's.
 	if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil {
 		return fmt.Errorf("add bridge %s: %w", name, err)
 	}
