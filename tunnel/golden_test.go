@@ -17,6 +17,7 @@ import (
 
 	"github.com/ztun/ztun/tunnel"
 	"github.com/ztun/ztun/tunnel/h2"
+	"github.com/ztun/ztun/tunnel/hbone"
 	"github.com/ztun/ztun/tunnel/hbone/hbonetest"
 	"github.com/ztun/ztun/tunnel/identity"
 	"github.com/ztun/ztun/tunnel/splice"
@@ -257,7 +258,8 @@ func TestTranscriptAsServer(t *testing.T) {
 baggage: "k8s\.cluster\.name=Kubernetes,k8s\.namespace\.name=default,k8s\.deployment\.name=server,service\.name=server,service\.version=v2,cloud\.region=r1,cloud\.availability_zone=z1"`
 		f.headers(15, false, ":method", "CONNECT", ":authority", "server.default.svc.cluster.local:80")
 		f.want("HEADERS stream=15\n:status: \"200\"" + baggage)
-		f.headers(17, false, ":method", "CONNECT", ":authority", "[::ffff:10.0.0.2]:8080")
+		f.headers(17, false, ":method", "CONNECT", ":authority", "[::ffff:10.0.0.2]:8080",
+			"x-forwarded-network", "elsewhere", "baggage", "k8s.namespace.name=far,k8s.pod.name=a")
 		f.want("HEADERS stream=17\n:status: \"200\"" + baggage)
 
 		_ = f.fr.WriteData(15, false, []byte("abc"))
@@ -272,6 +274,10 @@ baggage: "k8s\.cluster\.name=Kubernetes,k8s\.namespace\.name=default,k8s\.deploy
 		f.want(`DATA stream=15 len=6 "answer"`, `DATA stream=15 len=0 END_STREAM`)
 		(*apps)[1].reset()
 		f.want(`RST_STREAM stream=17 CONNECT_ERROR`)
+		want := hbone.Baggage{Namespace: "far", WorkloadType: "pod", Workload: "a"}
+		if r := b.last(tunnel.ServerReset); r.SrcWorkload != nil || r.SrcBaggage == nil || *r.SrcBaggage != want {
+			t.Errorf("a client of another network: workload %v, baggage %+v, want %+v", r.SrcWorkload, r.SrcBaggage, want)
+		}
 
 		f.headers(19, true, ":method", "GET", ":scheme", "https", ":path", "/", ":authority", "10.0.0.2:8080")
 		f.want("HEADERS stream=19 END_STREAM\n:status: \"400\".*")

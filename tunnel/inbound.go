@@ -135,11 +135,13 @@ func (in *inbound) connect(req *connect, to hbone.Authority) {
 		return
 	}
 	in.app = netip.AddrPortFrom(in.rec.Dst.Addr(), port)
-	if !in.pod.cfg.NoResponseBaggage {
-		in.rec.SrcBaggage = req.baggage()
-	}
 	if req.network == "" || strings.EqualFold(req.network, w.Network) {
 		in.rec.SrcWorkload = in.self.snap.WorkloadByIP(w.Network, in.rec.Src.Addr())
+	}
+	if in.rec.SrcWorkload == nil && !in.pod.cfg.NoResponseBaggage {
+		if says := req.baggage(); says != (hbone.Baggage{}) {
+			in.rec.SrcBaggage = &says
+		}
 	}
 	host := req.host
 	if to.Host != "" {

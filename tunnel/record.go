@@ -34,8 +34,10 @@ func (d Direction) String() string {
 // Progress as well.
 type Record struct {
 	Direction Direction
-	Start     time.Time
-	Trace     hbone.Trace
+	// Hairpin says that the pod reached itself through a service, in memory.
+	Hairpin bool
+	Start   time.Time
+	Trace   hbone.Trace
 
 	// Src is the client. Dst is what was dialled or, inbound, what the client
 	// dialled: with a tunnel that is port 15008.
@@ -48,10 +50,9 @@ type Record struct {
 	Service *mesh.Service
 	// SrcIdentity and DstIdentity are zero without mutual TLS.
 	SrcIdentity, DstIdentity identity.ID
-	// SrcBaggage is what the client says of itself; the mesh knows better.
-	SrcBaggage hbone.Baggage
-	// Hairpin says that the pod reached itself through a service, in memory.
-	Hairpin bool
+	// SrcBaggage is what the client says of itself; nil if that is nothing, or if
+	// the mesh knows SrcWorkload, and so knows better.
+	SrcBaggage *hbone.Baggage
 
 	Duration time.Duration
 	// Sent and Received are in bytes and from this pod's view: outbound, Sent

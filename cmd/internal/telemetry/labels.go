@@ -54,7 +54,7 @@ func labelsOf(r *tunnel.Record) labels {
 	case r.SrcWorkload != nil:
 		l.workload(labelSource, r.SrcWorkload, principal)
 	default:
-		l.baggage(labelSource, &r.SrcBaggage, principal)
+		l.baggage(labelSource, baggageOf(r), principal)
 	}
 	if s := r.Service; s != nil {
 		l[labelService], l[labelService+1], l[labelService+2] = s.Hostname, s.Namespace, s.Name
@@ -73,7 +73,7 @@ func labelsOf(r *tunnel.Record) labels {
 	if r.MutualTLS() {
 		l[labelSecurity] = "mutual_tls"
 	}
-	if r.SrcWorkload != nil || r.DstWorkload != nil || r.SrcBaggage != (hbone.Baggage{}) {
+	if r.SrcWorkload != nil || r.DstWorkload != nil || r.SrcBaggage != nil {
 		l.regions(r)
 	}
 	for i := range labelRegions {
@@ -82,18 +82,27 @@ func labelsOf(r *tunnel.Record) labels {
 	return l
 }
 
+// baggageOf is what the client says of itself where nobody knows better.
+func baggageOf(r *tunnel.Record) (b hbone.Baggage) {
+	if r.SrcWorkload == nil && r.SrcBaggage != nil {
+		b = *r.SrcBaggage
+	}
+	return b
+}
+
 func (l *labels) workload(at int, w *mesh.Workload, principal string) {
 	copy(l[at:], []string{w.WorkloadName, w.CanonicalName, w.CanonicalRevision, w.Namespace,
 		principal, w.CanonicalName, w.CanonicalRevision, w.Cluster})
 }
 
-func (l *labels) baggage(at int, b *hbone.Baggage, principal string) {
+func (l *labels) baggage(at int, b hbone.Baggage, principal string) {
 	copy(l[at:], []string{b.Workload, b.Service, b.Revision, b.Namespace,
 		principal, b.Workload, b.Revision, b.Cluster})
 }
 
 func (l *labels) regions(r *tunnel.Record) {
-	l[labelRegions], l[labelRegions+1] = r.SrcBaggage.Region, r.SrcBaggage.Zone
+	b := baggageOf(r)
+	l[labelRegions], l[labelRegions+1] = b.Region, b.Zone
 	if w := r.SrcWorkload; w != nil {
 		l[labelRegions], l[labelRegions+1] = w.Region, w.Zone
 	}

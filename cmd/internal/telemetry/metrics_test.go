@@ -153,7 +153,7 @@ func TestLabelsOfPlaintext(t *testing.T) {
 	rec.Opened(record(nil, nil))
 	derived := record(nil, pb)
 	derived.Direction = tunnel.Inbound
-	derived.SrcBaggage = hbone.Baggage{Cluster: "c", Namespace: "ns", Workload: "w", Service: "svc", Revision: "rev", Region: "r", Zone: "z"}
+	derived.SrcBaggage = &hbone.Baggage{Cluster: "c", Namespace: "ns", Workload: "w", Service: "svc", Revision: "rev", Region: "r", Zone: "z"}
 	rec.Opened(derived)
 	lines := encode(t, m)
 	const opened = "istio_tcp_connections_opened_total{"
@@ -185,7 +185,7 @@ func TestHostileBaggage(t *testing.T) {
 	rec := traffic.Recorder()
 	r := record(nil, nil)
 	r.Direction = tunnel.Inbound
-	r.SrcBaggage.Workload = "\xff\n\"" + strings.Repeat("x", 100_000)
+	r.SrcBaggage = &hbone.Baggage{Workload: "\xff\n\"" + strings.Repeat("x", 100_000)}
 	rec.Opened(r)
 	for _, l := range encode(t, m) { // An invalid label would fail the whole scrape.
 		if len(l) > 4096 {
@@ -201,7 +201,7 @@ func TestCardinalityIsBounded(t *testing.T) {
 	r := record(nil, pb)
 	r.Direction = tunnel.Inbound
 	for i := range maxSeries + 500 {
-		r.SrcBaggage.Workload = fmt.Sprintf("w%d", i)
+		r.SrcBaggage = &hbone.Baggage{Workload: fmt.Sprintf("w%d", i)}
 		rec.Opened(r)
 		rec.Closed(r)
 	}

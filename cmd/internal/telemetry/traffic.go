@@ -229,9 +229,7 @@ func (r *Recorder) lookup(rec *tunnel.Record) *cached {
 		direction: rec.Direction, tls: rec.MutualTLS(),
 		src: rec.SrcWorkload, dst: rec.DstWorkload, service: rec.Service,
 		srcID: rec.SrcIdentity, dstID: rec.DstIdentity,
-	}
-	if rec.SrcWorkload == nil {
-		key.baggage = rec.SrcBaggage // Else it says nothing that is used.
+		baggage: baggageOf(rec),
 	}
 	if c, ok := r.cache[key]; ok && !c.plain.dead.Load() {
 		return c
