@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 
@@ -40,7 +41,11 @@ type Mesh struct {
 	Fabric *netnstest.NS // the bridge that joins all pods, and their gateway
 	CA     *certstest.CA
 	Log    *slog.Logger // of the engines of nodes made later; nil: none
-	near   *Network     // that of the Fabric
+	// Readers is how many readers nodes made later have; 0 is 1.
+	Readers int
+	// NoJoin leaves streams between pods of nodes made later to tunnels.
+	NoJoin bool
+	near   *Network // that of the Fabric
 	nodes  []*Node
 	pods   []*Pod
 }
@@ -63,6 +68,8 @@ type Node struct {
 	engine     *netstack.Engine
 	certs      *certs.Manager
 	handshakes *hbone.Handshakes
+	neighbours *tunnel.Neighbours
+	readers    int
 	stopCerts  context.CancelFunc
 	certsDone  chan struct{}
 }
@@ -79,10 +86,18 @@ func (m *Mesh) Node(name string) *Node {
 
 func (n *Node) start() {
 	n.mesh.T.Helper()
-	// One reader a node, and two processors more, as netstack.Config asks.
-	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), len(n.mesh.nodes)+1+2))
+	n.readers = max(n.mesh.Readers, 1)
+	// Two processors more than readers, as netstack.Config asks.
+	procs := n.readers + 2
+	for _, other := range n.mesh.nodes {
+		procs += other.readers
+	}
+	runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), procs))
+	if !n.mesh.NoJoin {
+		n.neighbours = tunnel.NewNeighbours()
+	}
 	var err error
-	cfg := netstack.Config{Readers: 1}
+	cfg := netstack.Config{Readers: n.readers}
 	if n.mesh.Log != nil {
 		cfg.Log = n.mesh.Log.With("node", n.Name)
 	}
@@ -242,13 +257,27 @@ func (p *Pod) StartProxy() {
 		p.tunnel, err = tunnel.NewPod(tunnel.Config{
 			Workload: tunnel.Workload{Name: p.Name, Namespace: Namespace, ServiceAccount: p.Name},
 			Addrs:    cfg.Addrs, Stack: s, Mesh: p.Node.Store, Certs: p.Node.certs,
-			Handshakes: p.Node.handshakes, Recorder: p.Node.Records,
+			Handshakes: p.Node.handshakes, Recorder: p.Node.Records, Neighbours: p.Node.neighbours,
 		})
 		return handler{p.tunnel}, err
 	})
 	if err != nil {
 		t.Fatalf("proxy of %s: %v", p.Name, err)
 	}
+	p.waitForCertificate()
+}
+
+// waitForCertificate waits for the certificate of a pod that the mesh knows:
+// without it neighbours take the wire.
+func (p *Pod) waitForCertificate() {
+	w := p.Node.Store.Snapshot().Local(p.Name, Namespace, p.Name)
+	if w == nil || w.Identity.IsZero() {
+		return
+	}
+	netnstest.Eventually(p.mesh.T, "certificate of "+p.Name, func() bool {
+		_, ok := p.Node.certs.Current(w.Identity)
+		return ok
+	})
 }
 
 // Crash ends the pod's proxy as kill -9 does: nothing more is read from the
@@ -417,6 +446,13 @@ func (r *Records) Counts() (opened, closed int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.opened, r.forgotten + len(r.closed)
+}
+
+// Ended returns the connections that were opened and have ended.
+func (r *Records) Ended() []tunnel.Record {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.closed)
 }
 
 // String lists what did not end well, for a failing test.

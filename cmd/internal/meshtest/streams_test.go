@@ -21,30 +21,24 @@ import (
 	"github.com/ztun/ztun/tunnel"
 )
 
-// paths runs f for the ways a connection takes: through a tunnel, and in
-// plaintext out of and into the mesh.
+// paths runs f for the ways a connection takes: from pod to pod in each
+// layout, and in plaintext out of and into the mesh.
 func paths(t *testing.T, f func(t *testing.T, client, server *Pod)) {
-	for _, name := range []string{"hbone", "plaintext out", "plaintext in"} {
+	eachLayout(t, func(t *testing.T, w *two) { f(t, w.client, w.server) })
+	for _, name := range []string{"plaintext out", "plaintext in"} {
 		t.Run(name, func(t *testing.T) {
 			m := New(t)
-			na, nb := m.Node("na"), m.Node("nb")
-			var client, server *Pod
-			if name == "plaintext in" {
-				client = m.Bare("client", nil)
-			} else {
-				client = m.Pod("client", na)
-			}
+			n := m.Node("na")
 			if name == "plaintext out" {
-				server = m.Bare("server", nil)
+				f(t, m.Pod("client", n), m.Bare("server", nil))
 			} else {
-				server = m.Pod("server", nb)
+				f(t, m.Bare("client", nil), m.Pod("server", n))
 			}
-			f(t, client, server)
 		})
 	}
 }
 
-func dial(t *testing.T, p *Pod, to string) *net.TCPConn {
+func dial(t testing.TB, p *Pod, to string) *net.TCPConn {
 	t.Helper()
 	c, err := p.NS.Dial("tcp", to, patience)
 	if err != nil {
@@ -56,13 +50,13 @@ func dial(t *testing.T, p *Pod, to string) *net.TCPConn {
 }
 
 // pair is both ends of one connection.
-func pair(t *testing.T, client, server *Pod) (c, s *net.TCPConn) {
+func pair(t testing.TB, client, server *Pod) (c, s *net.TCPConn) {
 	t.Helper()
 	return pairTo(t, client, server, server.Addr)
 }
 
 // pairTo is pair to one of the server's addresses.
-func pairTo(t *testing.T, client, server *Pod, to netip.Addr) (c, s *net.TCPConn) {
+func pairTo(t testing.TB, client, server *Pod, to netip.Addr) (c, s *net.TCPConn) {
 	t.Helper()
 	l := server.NS.Listen("tcp", ":9000")
 	defer l.Close()
@@ -166,9 +160,10 @@ func bulkSize() int64 {
 }
 
 func TestBulkBothWaysByHash(t *testing.T) {
-	w := newTwo(t)
-	c, s := pair(t, w.client, w.server)
-	bulkBothWays(t, c, s, bulkSize())
+	eachLayout(t, func(t *testing.T, w *two) {
+		c, s := pair(t, w.client, w.server)
+		bulkBothWays(t, c, s, bulkSize())
+	})
 }
 
 // bulkBothWays sends size bytes each way at once and compares hashes.
@@ -201,87 +196,89 @@ func bulkBothWays(t *testing.T, c, s *net.TCPConn, size int64) {
 }
 
 func TestThousandStreamsAtOnce(t *testing.T) {
-	w := newTwo(t)
-	w.server.serve(t, ":8080", func(c net.Conn) { defer c.Close(); io.Copy(c, c) })
-	const n = 1000
-	defer w.explain()
-	conns := make([]*net.TCPConn, n)
-	for i := range conns {
-		conns[i] = dial(t, w.client, addr(w.server.Addr, 8080))
-	}
-	var wg sync.WaitGroup
-	for i, c := range conns {
-		wg.Go(func() {
-			msg := strings.Repeat(fmt.Sprintf("stream %d ", i), 500)
-			go io.WriteString(c, msg)
-			b := make([]byte, len(msg))
-			if _, err := io.ReadFull(c, b); err != nil || string(b) != msg {
-				t.Errorf("stream %d: %v", i, err)
-			}
-		})
-	}
-	wg.Wait()
-	if s := w.client.Stack().Stats(); s.Flows > n+20 {
-		t.Errorf("%d flows for %d connections: streams are not pooled", s.Flows, n)
-	}
-}
-
-func TestTenThousandConnectionsLeaveNothing(t *testing.T) {
-	w := newTwo(t)
-	defer w.explain()
-	w.server.serve(t, ":8080", func(c net.Conn) {
-		defer c.Close()
-		// Hidden from splice(2), whose pipes live until the next collection.
-		io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
-	})
-	n := 10_000
-	if os.Getenv("CI") == "" {
-		n = 1000
-	}
-	// open is called on a thread in the client's namespace.
-	open := func(i int) {
-		c, err := net.DialTimeout("tcp", addr(w.server.Addr, 8080), patience)
-		if err != nil {
-			t.Error(err)
-			return
+	eachLayout(t, func(t *testing.T, w *two) {
+		w.server.serve(t, ":8080", func(c net.Conn) { defer c.Close(); io.Copy(c, c) })
+		const n = 1000
+		defer w.explain()
+		conns := make([]*net.TCPConn, n)
+		for i := range conns {
+			conns[i] = dial(t, w.client, addr(w.server.Addr, 8080))
 		}
-		defer c.Close()
-		c.SetDeadline(time.Now().Add(patience))
-		io.WriteString(c, "ping")
-		b := make([]byte, 4)
-		if _, err := io.ReadFull(c, b); err != nil {
-			t.Error(err)
-		}
-		if i%4 == 0 {
-			c.(*net.TCPConn).SetLinger(0)
-		}
-	}
-	const workers = 8
-	load := func(each int) {
 		var wg sync.WaitGroup
-		for range workers {
+		for i, c := range conns {
 			wg.Go(func() {
-				w.client.NS.Do(func() {
-					for i := range each {
-						open(i)
-					}
-				})
+				msg := strings.Repeat(fmt.Sprintf("stream %d ", i), 500)
+				go io.WriteString(c, msg)
+				b := make([]byte, len(msg))
+				if _, err := io.ReadFull(c, b); err != nil || string(b) != msg {
+					t.Errorf("stream %d: %v", i, err)
+				}
 			})
 		}
 		wg.Wait()
-	}
-	load(10) // the pool and its goroutines come to be
-	goroutines, fds := runtime.NumGoroutine(), openFiles(t)
-	load(n / workers)
-	netnstest.Eventually(t, "flows to end", func() bool {
-		return w.client.Stack().Stats().Flows <= 2 && w.server.Stack().Stats().Flows <= 2
+		if s := w.client.Stack().Stats(); s.Flows > n+20 {
+			t.Errorf("%d flows for %d connections: streams are not pooled", s.Flows, n)
+		}
 	})
-	netnstest.Eventually(t, "records to be closed", func() bool {
-		o, c := w.na.Records.Counts()
-		return o == c && o >= n
-	})
-	netnstest.Eventually(t, "goroutines and descriptors to go", func() bool {
-		return runtime.NumGoroutine() <= goroutines+16 && openFiles(t) <= fds+4
+}
+
+func TestTenThousandConnectionsLeaveNothing(t *testing.T) {
+	eachLayout(t, func(t *testing.T, w *two) {
+		defer w.explain()
+		w.server.serve(t, ":8080", func(c net.Conn) {
+			defer c.Close()
+			// Hidden from splice(2), whose pipes live until the next collection.
+			io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c})
+		})
+		n := 10_000
+		if os.Getenv("CI") == "" {
+			n = 1000
+		}
+		// open is called on a thread in the client's namespace.
+		open := func(i int) {
+			c, err := net.DialTimeout("tcp", addr(w.server.Addr, 8080), patience)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer c.Close()
+			c.SetDeadline(time.Now().Add(patience))
+			io.WriteString(c, "ping")
+			b := make([]byte, 4)
+			if _, err := io.ReadFull(c, b); err != nil {
+				t.Error(err)
+			}
+			if i%4 == 0 {
+				c.(*net.TCPConn).SetLinger(0)
+			}
+		}
+		const workers = 8
+		load := func(each int) {
+			var wg sync.WaitGroup
+			for range workers {
+				wg.Go(func() {
+					w.client.NS.Do(func() {
+						for i := range each {
+							open(i)
+						}
+					})
+				})
+			}
+			wg.Wait()
+		}
+		load(10) // the pool and its goroutines come to be
+		goroutines, fds := runtime.NumGoroutine(), openFiles(t)
+		load(n / workers)
+		netnstest.Eventually(t, "flows to end", func() bool {
+			return w.client.Stack().Stats().Flows <= 2 && w.server.Stack().Stats().Flows <= 2
+		})
+		netnstest.Eventually(t, "records to be closed", func() bool {
+			o, c := w.na.Records.Counts()
+			return o == c && o >= n
+		})
+		netnstest.Eventually(t, "goroutines and descriptors to go", func() bool {
+			return runtime.NumGoroutine() <= goroutines+16 && openFiles(t) <= fds+4
+		})
 	})
 }
 
@@ -295,56 +292,58 @@ func openFiles(t *testing.T) int {
 }
 
 func TestUDPAndICMPAreUntouched(t *testing.T) {
-	w := newTwo(t)
-	pc := w.server.NS.ListenPacket("udp", ":5353")
-	go func() {
-		b := make([]byte, 1500)
-		for {
-			n, from, err := pc.ReadFrom(b)
-			if err != nil {
-				return
+	eachLayout(t, func(t *testing.T, w *two) {
+		pc := w.server.NS.ListenPacket("udp", ":5353")
+		go func() {
+			b := make([]byte, 1500)
+			for {
+				n, from, err := pc.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				pc.WriteTo(b[:n], from)
 			}
-			pc.WriteTo(b[:n], from)
+		}()
+		before := w.client.Stack().Stats().PacketsIn
+		c, err := w.client.NS.Dial("udp", addr(w.server.Addr, 5353), patience)
+		if err != nil {
+			t.Fatal(err)
 		}
-	}()
-	before := w.client.Stack().Stats().PacketsIn
-	c, err := w.client.NS.Dial("udp", addr(w.server.Addr, 5353), patience)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
-	io.WriteString(c, "datagram")
-	mustRead(t, c, "datagram")
-	// A UDP port that is closed answers with ICMP, which reaches the app.
-	c, err = w.client.NS.Dial("udp", addr(w.server.Addr, 9), patience)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer c.Close()
-	c.SetDeadline(time.Now().Add(patience))
-	io.WriteString(c, "x")
-	if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
-		t.Errorf("closed UDP port: %v, want ECONNREFUSED", err)
-	}
-	if s := w.client.Stack().Stats(); s.PacketsIn != before {
-		t.Errorf("%d packets crossed the device", s.PacketsIn-before)
-	}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(patience))
+		io.WriteString(c, "datagram")
+		mustRead(t, c, "datagram")
+		// A UDP port that is closed answers with ICMP, which reaches the app.
+		c, err = w.client.NS.Dial("udp", addr(w.server.Addr, 9), patience)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(patience))
+		io.WriteString(c, "x")
+		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNREFUSED) {
+			t.Errorf("closed UDP port: %v, want ECONNREFUSED", err)
+		}
+		if s := w.client.Stack().Stats(); s.PacketsIn != before {
+			t.Errorf("%d packets crossed the device", s.PacketsIn-before)
+		}
+	})
 }
 
 func TestNetworkSeesOnlyPodAddresses(t *testing.T) {
-	w := newTwo(t)
-	wire := w.Fabric.Capture("p-server")
-	w.server.serve(t, ":8080", hello)
-	w.client.mustAsk(t, addr(w.server.Addr, 8080))
-	for _, p := range wire.Packets(func(p []byte) bool { return p[0]>>4 == 4 }) {
-		src, dst := net.IP(p[12:16]).String(), net.IP(p[16:20]).String()
-		for _, a := range []string{src, dst} {
-			if a != w.client.Addr.String() && a != w.server.Addr.String() {
-				t.Errorf("%s -> %s on the wire", src, dst)
+	eachLayout(t, func(t *testing.T, w *two) {
+		wire := w.Fabric.Capture("p-server")
+		w.server.serve(t, ":8080", hello)
+		w.client.mustAsk(t, addr(w.server.Addr, 8080))
+		for _, p := range wire.Packets(func(p []byte) bool { return p[0]>>4 == 4 }) {
+			src, dst := net.IP(p[12:16]).String(), net.IP(p[16:20]).String()
+			for _, a := range []string{src, dst} {
+				if a != w.client.Addr.String() && a != w.server.Addr.String() {
+					t.Errorf("%s -> %s on the wire", src, dst)
+				}
 			}
 		}
-	}
+	})
 }
 
 func TestBypassInboundReachesTheAppDirectly(t *testing.T) {
