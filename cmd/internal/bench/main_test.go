@@ -22,14 +22,23 @@ func (s suite) Run() int {
 	return code
 }
 
-// TestMain makes this binary a worker where the bench starts one.
+// TestMain makes this binary what the bench starts: a worker, the attach side
+// of a node, or the other proxy.
 func TestMain(m *testing.M) {
-	if len(os.Args) == 2 && os.Args[1] == "worker" {
-		if err := runWorker(os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
+	run := func() error { return runWorker(os.Stdin, os.Stdout) }
+	switch {
+	case len(os.Args) == 2 && os.Args[1] == "worker":
+	case len(os.Args) == 3 && os.Args[1] == "attach":
+		run = func() error { return runHandover(os.Args[2]) }
+	case len(os.Args) == 2 && os.Args[1] == "transparent":
+		run = runTransparent
+	default:
+		netnstest.Main(suite{m})
+		return
 	}
-	netnstest.Main(suite{m})
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	os.Exit(0)
 }
