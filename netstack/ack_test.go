@@ -28,7 +28,7 @@ func newACKRig(t *testing.T, src, dst netip.AddrPort) *ackRig {
 
 // delay sets how long ACKs wait from now on.
 func (r *ackRig) delay(d time.Duration) {
-	do(r.stack.Loop(), func() int { r.stack.reader.held.delay = d; return 0 })
+	do(r.stack.Loop(), func() int { r.stack.reader.acks.delay = d; return 0 })
 }
 
 // send sends n bytes, and returns once the stack has seen them.
@@ -139,18 +139,69 @@ func TestHeldACKGoesWithItsFlow(t *testing.T) {
 	r.wantNothing("the ACK of a flow that was reset")
 }
 
-func TestHeldACKsAreBounded(t *testing.T) {
-	var l heldACKs
-	f := &Flow{stack: &Stack{}}
-	for i := range uint32(10) {
-		f.ack.held = i + 1
-		l.list = append(l.list, heldACK{flow: f, serial: i + 1})
+// meanwhile sends segments while the reader is busy, and returns once it has
+// seen them.
+func (r *ackRig) meanwhile(sizes ...int) {
+	r.t.Helper()
+	begun, busy := make(chan struct{}), make(chan struct{})
+	r.stack.Loop().Post(func() { close(begun); <-busy })
+	<-begun
+	for _, n := range sizes {
+		r.write(tun.Header{}, segment(r.src, r.dst, flagACK, r.seq, r.ack, make([]byte, n)))
+		r.seq += uint32(n)
 	}
-	if _, ok := l.next(time.Time{}); !ok || len(l.list) != 1 {
-		t.Errorf("%d ACKs are kept, want the last", len(l.list))
+	close(busy)
+	r.sync()
+}
+
+// What came in while the reader was busy is acknowledged once, when it has
+// nothing else to do.
+func TestACKOfBulkWaitsWhileThereIsWork(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	r.delay(time.Hour)
+	r.meanwhile(2000, 2000, 2000)
+	r.wantACK("of a batch")
+	r.wantNothing("after the ACK of a batch")
+	// More than a batch: turns alternate with what was posted.
+	many := make([]int, 2*turnPackets+6)
+	for i := range many {
+		many[i] = 100
 	}
-	f.ack.held = 0
-	if _, ok := l.next(time.Time{}); ok || len(l.list) != 0 {
-		t.Errorf("%d ACKs are kept, want none", len(l.list))
+	r.meanwhile(many...)
+	r.wantACK("of several batches")
+	r.wantNothing("after the ACK of several batches")
+}
+
+func TestUnackedIsBounded(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	r.delay(time.Hour)
+	do(r.stack.Loop(), func() int { r.stack.reader.acks.limit = 2000; return 0 })
+	many := make([]int, 2*turnPackets)
+	for i := range many {
+		many[i] = 100
+	}
+	r.meanwhile(many...)
+	acks := 0
+	for last := uint32(0); last != r.seq; acks++ {
+		b, _ := r.read()
+		last = ackOf(b)
+	}
+	if acks != 2 {
+		t.Errorf("%d ACKs for 6,400 bytes in two batches, want 2", acks)
+	}
+}
+
+func TestVoidACKsAreForgotten(t *testing.T) {
+	var w waitingACKs
+	f := &Flow{stack: &Stack{reader: &reader{}}}
+	for range 10 {
+		w.addAnswer(f)
+	}
+	if _, ok := w.next(time.Time{}); !ok || len(w.answer) != 1 {
+		t.Errorf("%d ACKs are kept, want the last", len(w.answer))
+	}
+	f.ack.answer = 0
+	if _, ok := w.next(time.Time{}); ok || len(w.answer) != 0 {
+		t.Errorf("%d ACKs are kept, want none", len(w.answer))
 	}
 }

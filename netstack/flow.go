@@ -42,6 +42,7 @@ type Flow struct {
 	over              bool // Close or Reset was called
 	released          bool // no longer counts
 	ack               ackState
+	burst             int64 // bytes read since there was nothing to read
 }
 
 var (
@@ -139,17 +140,22 @@ func (f *Flow) pastEnd(p *packet) bool {
 func (f *Flow) Read(p []byte) (int, error) {
 	sink := &f.stack.reader.sink
 	*sink = p
+	f.stack.link.writing.Store(f) // It may tell that the window is open again.
 	res, err := f.ep.Read(sink, tcpip.ReadOptions{})
+	f.stack.link.writing.Store(nil)
+	f.carried()
 	*sink = nil
 	if err == nil {
-		// The window is half the buffer: it was about full.
-		if int64(res.Count) >= f.size/4 {
+		// The window is half the buffer: it was about full. However little is
+		// asked for at a time, what comes at once counts.
+		if f.burst += int64(res.Count); f.burst >= f.size/4 {
 			f.grow()
 		}
 		return res.Count, nil
 	}
 	switch err.(type) {
 	case *tcpip.ErrWouldBlock:
+		f.burst = 0
 		return 0, splice.ErrAgain
 	case *tcpip.ErrClosedForReceive:
 		if err := f.Failure(); err != nil {
@@ -234,7 +240,7 @@ func (f *Flow) Reset(error) {
 		return
 	}
 	f.over = true
-	f.ack.held = 0
+	f.ack.answer, f.ack.soon = 0, false
 	f.ep.Abort()
 	f.leave()
 }
@@ -294,7 +300,7 @@ func (f *Flow) drop() {
 	if f.stack.flows[f.key] == f {
 		delete(f.stack.flows, f.key)
 	}
-	f.ack.held = 0
+	f.ack.answer, f.ack.soon = 0, false
 	if f.over {
 		f.queue.EventUnregister(&f.entry)
 		f.notify = nil

@@ -1,7 +1,8 @@
 package netstack
 
 import (
-	_ "unsafe" // for go:linkname
+	"reflect"
+	"unsafe" // also for go:linkname
 
 	"gvisor.dev/gvisor/pkg/tcpip"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
@@ -33,6 +34,23 @@ func transitionToStateCloseLocked(e *tcp.Endpoint)
 
 //go:linkname timeWaitTimerExpired gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).timeWaitTimerExpired
 func timeWaitTimerExpired(e *tcp.Endpoint)
+
+//go:linkname sendAck gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*sender).sendAck
+func sendAck(unsafe.Pointer)
+
+// senderAt is where an Endpoint keeps its sender, which has no exported name.
+var senderAt = func() uintptr {
+	f, ok := reflect.TypeFor[tcp.Endpoint]().FieldByName("snd")
+	if !ok || f.Type.String() != "*tcp.sender" {
+		panic("netstack: gVisor's Endpoint has no snd")
+	}
+	return f.Offset
+}()
+
+// senderOf returns e's sender, which a connected endpoint has.
+func senderOf(e *tcp.Endpoint) unsafe.Pointer {
+	return *(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(e), senderAt))
+}
 
 const allEvents = waiter.EventHUp | waiter.EventErr | waiter.ReadableEvents | waiter.WritableEvents
 

@@ -24,6 +24,8 @@ var mirrored = []struct{ file, name, hash string }{
 	{"connect.go", "drainClosingSegmentQueue", "07ecfa78958cce00"},
 	{"connect.go", "timeWaitTimerExpired", "c8b87d26003a9e3d"},
 	{"connect.go", "transitionToStateCloseLocked", "dd7411c5c9a2b641"},
+	{"snd.go", "sendAck", "b336af7a816602c9"},
+	{"rcv.go", "getSendParams", "6550bd3a146163e6"},
 	{"endpoint.go", "LockUser", "f7839d6579895c6c"},
 	{"endpoint.go", "UnlockUser", "37c87f4aca956e5d"},
 	{"endpoint.go", "connected", "b3b2e709ab98cf02"},

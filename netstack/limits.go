@@ -43,8 +43,11 @@ func (l Limits) withDefaults() Limits {
 
 const (
 	// maxBuffer is each direction's buffer of a flow at most, in bytes: as fast
-	// as 4 MiB on this kind of wire, while 256 KiB halves bulk.
-	maxBuffer = 1 << 20
+	// as 4 MiB on this kind of wire, while 256 KiB halves bulk. Half of a receive
+	// buffer is window, so that a tunnel, whose streams have windows of their
+	// own, may receive into twice as much: what one end sends the other takes.
+	maxBuffer       = 1 << 20
+	maxTunnelBuffer = 2 << 20
 	// firstBuffer is what a flow starts with while memory is plenty, and
 	// minBuffer what it gets at least.
 	firstBuffer = 64 << 10
@@ -83,7 +86,7 @@ func (s *Stack) take(n int64) {
 // new ones. It reports whether it did.
 func (f *Flow) grow() bool {
 	s := f.stack
-	if f.size >= maxBuffer || f.released || s.left()-2*f.size < s.limits.Memory/8 {
+	if f.size >= f.maxBuffer() || f.released || s.left()-2*f.size < s.limits.Memory/8 {
 		return false
 	}
 	s.take(2 * f.size)
@@ -92,11 +95,19 @@ func (f *Flow) grow() bool {
 	return true
 }
 
+// maxBuffer is how large the buffers of f may become.
+func (f *Flow) maxBuffer() int64 {
+	if f.key.srcPort == TunnelPort || f.key.dstPort == TunnelPort {
+		return maxTunnelBuffer
+	}
+	return maxBuffer
+}
+
 // resize makes gVisor's buffers as large as what was reserved for them. Its
 // own tuning, which knows no budget, is off from then on.
 func (f *Flow) resize() {
 	f.ep.SocketOptions().SetReceiveBufferSize(f.size, true)
-	f.ep.SocketOptions().SetSendBufferSize(f.size, true)
+	f.ep.SocketOptions().SetSendBufferSize(min(f.size, maxBuffer), true)
 }
 
 // Stats counts what happened at one pod's device since it was added. All

@@ -56,7 +56,7 @@ type reader struct {
 	events      [64]unix.EpollEvent
 	now         time.Time // when the last wait ended
 	lastPacket  time.Time
-	held        heldACKs
+	acks        waitingACKs
 	locked      []*Flow // flows whose endpoint lock the batch holds
 	// What a Flow's Read and Write hand to gVisor; empty but during the call.
 	sink   tcpip.SliceWriter
@@ -80,7 +80,7 @@ func newReader(e *Engine, index int) (*reader, error) {
 		stacks:  map[*Stack]struct{}{},
 		watched: map[int]*Stack{},
 		errors:  map[int]func(){},
-		held:    heldACKs{delay: ackDelay},
+		acks:    waitingACKs{delay: ackDelay, limit: maxUnacked},
 		scratch: make([]byte, splice.ScratchSize),
 	}
 	r.timers.init(r)
@@ -107,7 +107,7 @@ func (r *reader) run() {
 	for {
 		n := r.wait()
 		r.now = time.Now()
-		r.held.sendDue(r.now)
+		r.acks.sendDue(r.now)
 		if r.isClosed() {
 			return
 		}

@@ -12,7 +12,6 @@ import (
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
-	"github.com/ztun/ztun/tun"
 	"github.com/ztun/ztun/tunnel/splice"
 )
 
@@ -165,12 +164,10 @@ func (r *Request) Refuse(why Refusal) {
 }
 
 // inject writes a packet made here.
-func (s *Stack) inject(b []byte) { s.send(noOffload, b) }
-
-func (s *Stack) send(h tun.Header, b []byte) {
+func (s *Stack) inject(b []byte) {
 	t := transmits.Get().(*transmit)
 	defer transmits.Put(t)
-	t.Reset(h)
+	t.Reset(noOffload)
 	t.Append(b)
 	if s.dev.WriteVector(&t.Writer) != nil {
 		s.counters.writeFailed.Add(1)

@@ -34,9 +34,15 @@ func (r *reader) wait() int {
 		r.started = false
 		runtime.Gosched()
 	}
+	if len(r.acks.soon) > 0 {
+		if n := r.rawPoll(0); n > 0 {
+			return n
+		}
+		r.acks.sendSoon()
+	}
 	now := time.Now()
 	limit := -1 // milliseconds
-	for _, next := range [...]func(time.Time) (time.Duration, bool){r.held.next, r.timers.next} {
+	for _, next := range [...]func(time.Time) (time.Duration, bool){r.acks.next, r.timers.next} {
 		if d, ok := next(now); ok {
 			ms := int((min(d, longWait) + time.Millisecond - 1) / time.Millisecond)
 			if limit < 0 || ms < limit {
