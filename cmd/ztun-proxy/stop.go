@@ -34,6 +34,7 @@ func (p *proxy) serve(out *telemetry.Writer) error {
 	p.services.Go(func() { p.end("xds", p.xds.Run(services)) })
 	p.services.Go(func() { p.end("certificates", p.certs.Run(services)) })
 	p.services.Go(func() { p.followMesh(services) })
+	p.services.Go(func() { giveBack(services) })
 	p.ready.Set(taskProxy, true)
 	agentDone := make(chan struct{})
 	go p.talkToAgent(agent, agentDone)
