@@ -161,7 +161,9 @@ func (b *bench) awaitIdlePods(ctx context.Context, n int) error {
 
 const (
 	settleEvery = 200 * time.Millisecond
-	settleCalm  = 5 // Readings in a row that must be alike.
+	// settleCalm is how many readings in a row must be alike: a proxy gives memory
+	// back when it has been at rest for up to two seconds.
+	settleCalm = 15
 )
 
 // settle returns a reading once memory has stopped to change, or a mean of
