@@ -73,6 +73,8 @@ type Config struct {
 	Memory int64
 	// Keepalive of every flow.
 	Keepalive Keepalive
+	// TCP is how losses are found and answered.
+	TCP TCP
 	// Log takes what a human needs to know. Default: nothing.
 	Log *slog.Logger
 }
@@ -180,6 +182,10 @@ func New(cfg Config) (*Engine, error) {
 		cfg.Memory = 4 << 30
 	}
 	cfg.Keepalive = cfg.Keepalive.withDefaults()
+	cfg.TCP = cfg.TCP.withDefaults()
+	if err := cfg.TCP.validate(); err != nil {
+		return nil, err
+	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}

@@ -98,6 +98,7 @@ func (f *Flow) woken() {
 func (f *Flow) establish() {
 	f.inline = true
 	f.ep.SocketOptions().SetDelayOption(false)
+	f.stack.reader.engine.cfg.TCP.control(f.ep, f.local)
 	setKeepalive(f.ep, &f.stack.reader.engine.cfg.Keepalive)
 	if !f.local {
 		// Also where ICMP is read (StackConfig.ICMP): not every router sends it,

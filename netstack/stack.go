@@ -94,19 +94,14 @@ func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 // interface answers for every address, since the peers of both legs are
 // spoken for here.
 func (s *Stack) configure() error {
-	sack := tcpip.TCPSACKEnabled(true)
 	rcv := tcpip.TCPReceiveBufferSizeRangeOption{Min: minBuffer, Default: firstBuffer, Max: maxTunnelBuffer}
 	snd := tcpip.TCPSendBufferSizeRangeOption{Min: minBuffer, Default: firstBuffer, Max: maxBuffer}
-	// Without RACK: on a local wire its clock is coarser than the round trip, and
-	// it takes a reader that waits for its CPU for loss: 20 needless recoveries
-	// a second, each of which closes the congestion window, 15 % more CPU for a
-	// byte. RFC 6675 recovers by SACK blocks alone.
-	recovery := tcpip.TCPRecovery(0)
 	// On, so that the window scale of the handshake allows for the largest.
 	moderate := tcpip.TCPModerateReceiveBufferOption(true)
 	wait := tcpip.TCPTimeWaitTimeoutOption(timeWait)
 	reuse := tcpip.TCPTimeWaitReuseGlobal
-	for _, o := range []tcpip.SettableTransportProtocolOption{&sack, &recovery, &rcv, &snd, &moderate, &wait, &reuse} {
+	choices := s.reader.engine.cfg.TCP.options()
+	for _, o := range append(choices, &rcv, &snd, &moderate, &wait, &reuse) {
 		if err := s.gv.SetTransportProtocolOption(tcp.ProtocolNumber, o); err != nil {
 			return fmt.Errorf("netstack: option %T: %s", o, err)
 		}
