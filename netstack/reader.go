@@ -22,7 +22,8 @@ import (
 // the buffers that were filled become the packet.
 var ladder = [...]int{headRoom, 1 << 10, 4 << 10, 16 << 10, 64 << 10}
 
-// A reader is one thread that owns many pods. It is their Loop.
+// A reader is one thread that owns many pods, and their Loop. Another reader's
+// thread may run the loop while this one sleeps (help.go).
 type reader struct {
 	// Set by newReader, read-only after.
 	engine *Engine
@@ -36,13 +37,17 @@ type reader struct {
 	pods     atomic.Int64 // stacks, for leastLoaded
 	sleeping atomic.Bool  // about to wait, or waiting
 
+	// turns is held by the thread that runs the loop, and guards what is owned
+	// by it.
+	turns sync.Mutex
+
 	// mu guards the fields below.
 	mu     sync.Mutex
 	closed bool
 	posted []func()
 	wakers []waker
 
-	// Owned by run.
+	// Owned by the loop.
 	sparePosted []func()
 	spareWakers []waker
 	soon, last  tasks
@@ -56,6 +61,8 @@ type reader struct {
 	events      [64]unix.EpollEvent
 	now         time.Time // when the last wait ended
 	lastPacket  time.Time
+	until       time.Time // how long the thread sleeps at most
+	handed      []*reader // were given work by this pass
 	acks        waitingACKs
 	locked      []*Flow // flows whose endpoint lock the batch holds
 	// What a Flow's Read and Write hand to gVisor; empty but during the call.
@@ -103,6 +110,8 @@ func (r *reader) watch(fd int) error {
 // run is the reader's thread.
 func (r *reader) run() {
 	runtime.LockOSThread()
+	r.turns.Lock()
+	defer r.turns.Unlock()
 	defer r.end()
 	for {
 		n := r.wait()
@@ -123,6 +132,7 @@ func (r *reader) run() {
 			}
 		}
 		r.pass()
+		r.settle()
 	}
 }
 

@@ -22,7 +22,7 @@ const (
 )
 
 // wait returns the number of r.events that are ready. It does not wait while
-// work is queued.
+// work is queued. Others may run the loop while it waits.
 func (r *reader) wait() int {
 	r.sleeping.Store(true)
 	defer r.sleeping.Store(false)
@@ -42,15 +42,30 @@ func (r *reader) wait() int {
 	}
 	now := time.Now()
 	limit := -1 // milliseconds
-	for _, next := range [...]func(time.Time) (time.Duration, bool){r.acks.next, r.timers.next} {
-		if d, ok := next(now); ok {
-			ms := int((min(d, longWait) + time.Millisecond - 1) / time.Millisecond)
-			if limit < 0 || ms < limit {
-				limit = ms
-			}
-		}
+	r.until = now.Add(longWait)
+	if d, ok := r.next(now); ok {
+		limit = int((min(d, longWait) + time.Millisecond - 1) / time.Millisecond)
+		r.until = now.Add(time.Duration(limit) * time.Millisecond)
 	}
-	if now.Sub(r.lastPacket) < busy {
+	wasBusy := now.Sub(r.lastPacket) < busy
+	r.turns.Unlock()
+	defer r.turns.Lock()
+	return r.poll(limit, wasBusy)
+}
+
+// next returns how long it is until the next deadline, and false if there is
+// none.
+func (r *reader) next(now time.Time) (d time.Duration, ok bool) {
+	d, ok = r.acks.next(now)
+	if t, timed := r.timers.next(now); timed && (!ok || t < d) {
+		d, ok = t, true
+	}
+	return d, ok
+}
+
+// poll waits for up to limit milliseconds; without end if that is negative.
+func (r *reader) poll(limit int, wasBusy bool) int {
+	if wasBusy {
 		ms := rawWait
 		if limit >= 0 {
 			ms = min(ms, limit)

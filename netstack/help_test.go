@@ -1,0 +1,222 @@
+package netstack
+
+import (
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ztun/ztun/tunnel/splice"
+)
+
+// twoReaders are readers without pods, and the threads that they run on.
+func twoReaders(t *testing.T) (a, b *reader, onA, onB int) {
+	t.Helper()
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0))))
+	e, err := New(Config{Readers: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(e.Close)
+	a, b = e.readers[0], e.readers[1]
+	return a, b, thread(a), thread(b)
+}
+
+// thread asks r for its thread, which nobody else can do for it.
+func thread(r *reader) int {
+	tid := make(chan int, 1)
+	r.Post(func() { tid <- unix.Gettid() })
+	return <-tid
+}
+
+// untilAsleep waits until r's thread sleeps and nobody runs its loop.
+func untilAsleep(t *testing.T, r *reader) {
+	t.Helper()
+	for end := time.Now().Add(patience); ; time.Sleep(100 * time.Microsecond) {
+		if r.sleeping.Load() && r.turns.TryLock() {
+			r.turns.Unlock()
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatal("the reader does not sleep")
+		}
+	}
+}
+
+// A little work for a reader that sleeps is done on the thread that has it, what
+// it gives back too; much is done on its own.
+func TestAReaderHelpsAnother(t *testing.T) {
+	a, b, onA, onB := twoReaders(t)
+	// on is where n functions handed from a to b ran.
+	on := func(n int) (tid int) {
+		untilAsleep(t, b)
+		ran, back := make(chan int, n), make(chan int, n)
+		a.Post(func() {
+			for range n {
+				a.Hand(b, func() {
+					ran <- unix.Gettid()
+					b.Hand(a, func() { back <- unix.Gettid() })
+				})
+			}
+		})
+		for range n {
+			tid = <-ran
+			<-back
+		}
+		return tid
+	}
+	for _, n := range []int{1, helpMost} {
+		// A signal may wake b for a moment: then it does its work itself.
+		for end := time.Now().Add(patience); on(n) != onA; {
+			if time.Now().After(end) {
+				t.Fatalf("%d functions never ran on thread %d, only on b's, %d", n, onA, onB)
+			}
+		}
+	}
+	for _, n := range []int{helpMost + 1, 1000} {
+		if got := on(n); got != onB {
+			t.Errorf("%d functions ran on thread %d, want %d", n, got, onB)
+		}
+	}
+	// To itself, and to a loop of another kind.
+	done := make(chan int, 1)
+	a.Post(func() { a.Hand(a, func() { done <- unix.Gettid() }) })
+	if got := <-done; got != onA {
+		t.Errorf("its own ran on thread %d, want %d", got, onA)
+	}
+}
+
+// A deadline that was set while another thread ran the loop is kept, though
+// the reader's own sleeps without one.
+func TestAHelpedReaderKeepsDeadlines(t *testing.T) {
+	a, b, onA, onB := twoReaders(t)
+	for end := time.Now().Add(patience); ; {
+		untilAsleep(t, b)
+		set, rang := make(chan int, 1), make(chan int, 1)
+		a.Post(func() {
+			a.Hand(b, func() {
+				set <- unix.Gettid()
+				b.AfterFunc(10*time.Millisecond, func() { rang <- unix.Gettid() })
+			})
+		})
+		helped := <-set == onA
+		select {
+		case got := <-rang:
+			if got != onB {
+				t.Errorf("the timer ran on thread %d, want %d", got, onB)
+			}
+		case <-time.After(patience):
+			t.Fatal("the timer did not go off")
+		}
+		if helped {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatal("b was never helped")
+		}
+	}
+}
+
+// What helped work leaves behind is not forgotten: posts, tasks and hands to a
+// third.
+func TestAHelpedReaderFinishesItsWork(t *testing.T) {
+	a, b, _, _ := twoReaders(t)
+	const chain = 100
+	done := make(chan struct{})
+	var task splice.Task
+	left := chain
+	task.Run = func() {
+		if left--; left == 0 {
+			close(done)
+			return
+		}
+		switch left % 3 {
+		case 0:
+			b.Soon(&task)
+		case 1:
+			b.Post(task.Run)
+		case 2:
+			b.Last(&task)
+		}
+	}
+	untilAsleep(t, b)
+	a.Post(func() { a.Hand(b, task.Run) })
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Fatalf("%d of %d steps are left", left, chain)
+	}
+}
+
+// Everything that is handed or posted runs once, in order, and never two things
+// of one loop at a time.
+func TestHandsBetweenBusyReaders(t *testing.T) {
+	a, b, _, _ := twoReaders(t)
+	const each = 20_000
+	var busy [2]atomic.Bool
+	var wg sync.WaitGroup
+	for i, from := range []*reader{a, b} {
+		to := []*reader{b, a}[i]
+		next, sent := 0, 0
+		wg.Add(each)
+		work := func(n int) func() {
+			return func() {
+				if busy[1-i].Swap(true) {
+					t.Error("two threads run one loop")
+				}
+				if n != next {
+					t.Errorf("%d came for %d", n, next)
+				}
+				next++
+				busy[1-i].Store(false)
+				wg.Done()
+			}
+		}
+		var task splice.Task
+		task.Run = func() {
+			for range 1 + sent%7 {
+				if sent == each {
+					return
+				}
+				if sent%5 == 0 {
+					to.Post(work(sent))
+				} else {
+					from.Hand(to, work(sent))
+				}
+				sent++
+			}
+			from.Post(func() { from.Soon(&task) })
+		}
+		from.Post(task.Run)
+	}
+	done := make(chan struct{})
+	go func() { wg.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Fatal("some were lost")
+	}
+}
+
+// An engine can be closed at any time.
+func TestCloseWhileReadersHelp(t *testing.T) {
+	for range 50 {
+		defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(4, runtime.GOMAXPROCS(0))))
+		e, err := New(Config{Readers: 2})
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, b := e.readers[0], e.readers[1]
+		var there, back func()
+		there = func() { a.Hand(b, back) }
+		back = func() { b.Hand(a, there) }
+		for range 3 {
+			a.Post(there)
+		}
+		runtime.Gosched()
+		e.Close()
+	}
+}
