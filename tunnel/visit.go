@@ -53,7 +53,7 @@ func (v *visit) start() {
 		v.cancel()
 		done(nil, &hbone.ConnectError{Stage: hbone.StageAnswer, Err: hbone.ErrTimeout})
 	})
-	v.host.loop.Post(func() { v.host.receive(v) })
+	splice.Hand(v.source.loop, v.host.loop, func() { v.host.receive(v) })
 }
 
 // cancel gives up. It runs on the source's loop.
@@ -63,7 +63,7 @@ func (v *visit) cancel() {
 	}
 	v.over = true
 	v.stop()
-	v.host.loop.Post(func() {
+	splice.Hand(v.source.loop, v.host.loop, func() {
 		if gone := v.watch; gone != nil {
 			v.watch = nil
 			gone(errGone)
@@ -74,7 +74,7 @@ func (v *visit) cancel() {
 // answer takes the host's answer to the source's loop.
 func (v *visit) answer(end splice.End, err error) {
 	v.watch = nil
-	v.source.loop.Post(func() {
+	splice.Hand(v.host.loop, v.source.loop, func() {
 		if v.over {
 			if end != nil {
 				end.Reset(errGone)

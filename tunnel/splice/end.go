@@ -118,6 +118,25 @@ type Loop interface {
 	Scratch() []byte
 }
 
+// A Hander is a Loop that can give a little work to another without waking its
+// thread.
+type Hander interface {
+	// Hand runs f on the other loop, in one order with what is posted to it; at
+	// the end of this loop's pass, perhaps on this loop's thread. It is called
+	// on the loop only, and f must not take long.
+	Hand(to Loop, f func())
+}
+
+// Hand runs f on the loop to, soon. It is called on the loop from, whose thread
+// may do it if that is cheaper than to wake another.
+func Hand(from, to Loop, f func()) {
+	if h, ok := from.(Hander); ok {
+		h.Hand(to, f)
+		return
+	}
+	to.Post(f)
+}
+
 // ScratchSize is the length of a Loop's Scratch, in bytes.
 const ScratchSize = 64 << 10
 

@@ -23,7 +23,7 @@ var errPipeReset = fmt.Errorf("splice: pipe: %w", ErrReset)
 // direction from a to b count against budgetA, the others against budgetB; a
 // budget may be nil.
 //
-// A loop is only woken for what it waits for: bytes after it found none, room
+// A loop is only told of what it waits for: bytes after it found none, room
 // after it found none.
 func Pipe(loopA, loopB Loop, budgetA, budgetB *Budget) (a, b *PipeEnd) {
 	toB, toA := newLane(budgetA), newLane(budgetB)
@@ -65,18 +65,26 @@ var (
 	_ Failer   = (*PipeEnd)(nil)
 )
 
-// poke makes e's loop run ready. Either loop may call it.
-func (e *PipeEnd) poke() {
+// handMost is how many bytes the other loop is handed at once. For more its
+// thread is worth waking, so that both work.
+const handMost = 8 << 10
+
+// tell makes the peer's loop run ready; little says that what it will do is
+// little.
+func (e *PipeEnd) tell(little bool) {
+	p := e.peer
 	switch {
-	case e.woken.Swap(true):
+	case p.woken.Swap(true):
 	case e.alone:
-		e.loop.Soon(&e.task)
+		p.loop.Soon(&p.task)
+	case little:
+		Hand(e.loop, p.loop, p.run)
 	default:
-		e.loop.Post(e.run)
+		p.loop.Post(p.run)
 	}
 }
 
-// wake runs on e's loop after poke.
+// wake runs on e's loop after it was told.
 func (e *PipeEnd) wake() {
 	e.woken.Store(false)
 	if e.ready != nil {
@@ -87,8 +95,8 @@ func (e *PipeEnd) wake() {
 // Notify implements End.
 func (e *PipeEnd) Notify(ready func()) {
 	e.ready = ready
-	if ready != nil {
-		e.poke()
+	if ready != nil && !e.woken.Swap(true) {
+		e.loop.Soon(&e.task)
 	}
 }
 
@@ -107,7 +115,7 @@ func (e *PipeEnd) Commit(n int) {
 	c := e.room
 	e.room = nil
 	if e.out.commit(c, n) {
-		e.peer.poke()
+		e.tell(n <= handMost)
 	}
 }
 
@@ -146,7 +154,7 @@ func (e *PipeEnd) CloseWrite() error {
 	if !e.wroteEnd {
 		e.wroteEnd = true
 		if e.out.end(laneEnded) {
-			e.peer.poke()
+			e.tell(true)
 		}
 	}
 	return nil
@@ -173,7 +181,7 @@ func (e *PipeEnd) Peek() ([]byte, error) {
 // Discard implements Lender.
 func (e *PipeEnd) Discard(n int) {
 	if n > 0 && e.in.discard(n) {
-		e.peer.poke()
+		e.tell(false)
 	}
 }
 
@@ -206,7 +214,7 @@ func (e *PipeEnd) Reset(error) {
 	e.over, e.ready = true, nil
 	e.in.abandon()
 	if e.out.end(laneReset) {
-		e.peer.poke()
+		e.tell(true)
 	}
 }
 

@@ -320,7 +320,10 @@ func TestPipeWakesNobodyInVain(t *testing.T) {
 				l.posts = 0
 			}
 		}
-		check("at first", 1, 1)
+		if p.run(); ran != [2]int{1, 1} || p.posts() != 0 {
+			t.Errorf("Notify ran %v times with %d posts, want once each with none", ran, p.posts())
+		}
+		ran = [2]int{}
 		check("at rest", 0, 0)
 		p.write(p.a, 0, 10)
 		check("b has not looked for bytes", 0, 0)
