@@ -43,6 +43,7 @@ type Flow struct {
 	released          bool // no longer counts
 	ack               ackState
 	burst             int64 // bytes read since there was nothing to read
+	moved             int64 // bytes read or written since the buffers last grew
 }
 
 var (
@@ -149,6 +150,7 @@ func (f *Flow) Read(p []byte) (int, error) {
 	if err == nil {
 		// The window is half the buffer: it was about full. However little is
 		// asked for at a time, what comes at once counts.
+		f.moved += int64(res.Count)
 		if f.burst += int64(res.Count); f.burst >= f.size/4 {
 			f.grow()
 		}
@@ -180,6 +182,7 @@ func (f *Flow) Write(p []byte) (int, error) {
 		f.stack.link.writing.Store(nil)
 		f.carried()
 		done += int(n)
+		f.moved += n
 		switch err.(type) {
 		case nil:
 			if n == 0 {

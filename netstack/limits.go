@@ -83,25 +83,43 @@ func (s *Stack) take(n int64) {
 }
 
 // grow doubles the flow's buffers, if an eighth of the budget stays free for
-// new ones. It reports whether it did.
+// new ones, and if enough has moved since they last grew. It reports whether it did.
 func (f *Flow) grow() bool {
 	s := f.stack
-	if f.size >= f.maxBuffer() || f.released || s.left()-2*f.size < s.limits.Memory/8 {
+	if f.moved < f.proof() || f.size >= f.maxBuffer() || f.released || s.left()-2*f.size < s.limits.Memory/8 {
 		return false
 	}
 	s.take(2 * f.size)
 	f.size *= 2
+	f.moved = 0
 	f.resize()
 	return true
 }
 
+// proof is how many bytes must move before the buffers grow. A sender to a
+// reader that stalls fills whatever there is between them, and in its own kernel
+// as much as four times over: it counts what was acknowledged. So buffers are to
+// have been emptied as they are: twice on the app's leg, which is fast. A tunnel
+// is bounded by its streams' windows, and a round trip for nothing would hurt.
+func (f *Flow) proof() int64 {
+	switch {
+	case f.isTunnel():
+		return 0
+	case f.local:
+		return 2 * f.size
+	}
+	return f.size
+}
+
 // maxBuffer is how large the buffers of f may become.
 func (f *Flow) maxBuffer() int64 {
-	if f.key.srcPort == TunnelPort || f.key.dstPort == TunnelPort {
+	if f.isTunnel() {
 		return maxTunnelBuffer
 	}
 	return maxBuffer
 }
+
+func (f *Flow) isTunnel() bool { return f.key.srcPort == TunnelPort || f.key.dstPort == TunnelPort }
 
 // resize makes gVisor's buffers as large as what was reserved for them. Its
 // own tuning, which knows no budget, is off from then on.
