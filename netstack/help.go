@@ -88,7 +88,8 @@ func (r *reader) isLittle() bool {
 	return !r.closed && len(r.posted)+len(r.wakers) <= helpMost
 }
 
-// isLate says that the thread sleeps beyond the next deadline.
+// isLate says that there is a deadline before the one that the thread sleeps
+// for.
 func (r *reader) isLate(now time.Time) bool {
 	d, ok := r.next(now)
 	return ok && now.Add(d).Before(r.until)

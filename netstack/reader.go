@@ -61,7 +61,7 @@ type reader struct {
 	events      [64]unix.EpollEvent
 	now         time.Time // when the last wait ended
 	lastPacket  time.Time
-	until       time.Time // how long the thread sleeps at most
+	until       time.Time // the deadline that the thread sleeps for
 	handed      []*reader // were given work by this pass
 	acks        waitingACKs
 	locked      []*Flow // flows whose endpoint lock the batch holds

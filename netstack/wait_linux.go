@@ -44,8 +44,9 @@ func (r *reader) wait() int {
 	limit := -1 // milliseconds
 	r.until = now.Add(longWait)
 	if d, ok := r.next(now); ok {
-		limit = int((min(d, longWait) + time.Millisecond - 1) / time.Millisecond)
-		r.until = now.Add(time.Duration(limit) * time.Millisecond)
+		d = min(d, longWait)
+		limit = int((d + time.Millisecond - 1) / time.Millisecond)
+		r.until = now.Add(d)
 	}
 	wasBusy := now.Sub(r.lastPacket) < busy
 	r.turns.Unlock()
