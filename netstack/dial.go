@@ -12,11 +12,23 @@ import (
 	"github.com/ztun/ztun/tunnel/splice"
 )
 
-// A dial is a connection being opened from the pod's stack.
-type dial struct {
+// An opening is a connection whose handshake is under way, whoever began it.
+type opening struct {
+	op   string // for errors
 	flow *Flow
 	done func(splice.End, error)
 	stop func()
+}
+
+// begin waits for the handshake of f, whose endpoint has begun it. done is
+// called on the loop, once, with f or the error that ended the handshake.
+func (f *Flow) begin(op string, timeout time.Duration, done func(splice.End, error)) *opening {
+	o := &opening{op: op, flow: f, done: done}
+	f.opening = o
+	f.stack.flows[f.key] = f
+	f.queue.EventRegister(&f.entry)
+	o.stop = f.stack.reader.AfterFunc(timeout, func() { o.fail(syscall.ETIMEDOUT) })
+	return o
 }
 
 // Dial opens a connection from any address: the pod's, towards the network,
@@ -44,18 +56,14 @@ func (s *Stack) Dial(src, dst netip.AddrPort, timeout time.Duration, done func(s
 		f.release()
 		return fail(err)
 	}
-	d := &dial{flow: f, done: done}
-	f.connect = d
-	s.flows[f.key] = f
-	f.queue.EventRegister(&f.entry)
-	d.stop = s.reader.AfterFunc(timeout, func() { d.fail(syscall.ETIMEDOUT) })
+	o := f.begin("connect", timeout, done)
 	if err := f.ep.Connect(fullAddress(dst)); err != nil {
 		if _, started := err.(*tcpip.ErrConnectStarted); !started {
 			e := flowError("connect", err)
-			s.reader.Post(func() { d.fail(e) })
+			s.reader.Post(func() { o.fail(e) })
 		}
 	}
-	return d.cancel
+	return o.cancel
 }
 
 // The ports that a dial without one takes, as gVisor's own.
@@ -131,40 +139,40 @@ func (s *Stack) isFree(key tuple) bool {
 }
 
 // progress looks at the endpoint after it changed.
-func (d *dial) progress() {
-	f := d.flow
+func (o *opening) progress() {
+	f := o.flow
 	switch state := f.ep.EndpointState(); {
 	case isConnected(state):
-		d.stop()
-		f.connect = nil
+		o.stop()
+		f.opening = nil
 		forgetHandshake(f.ep)
 		f.establish()
-		d.done(f, nil)
+		o.done(f, nil)
 	case state == tcp.StateError || state == tcp.StateClose:
 		err := f.ep.LastError()
 		if err == nil {
 			err = &tcpip.ErrConnectionAborted{}
 		}
-		d.fail(flowError("connect", err))
+		o.fail(flowError(o.op, err))
 	}
 }
 
-func (d *dial) fail(err error) {
-	if d.end() {
-		d.done(nil, err)
+func (o *opening) fail(err error) {
+	if o.end() {
+		o.done(nil, err)
 	}
 }
 
-func (d *dial) cancel() { d.end() }
+func (o *opening) cancel() { o.end() }
 
-// end gives the endpoint up, unless the dial is over already.
-func (d *dial) end() bool {
-	f := d.flow
-	if f.connect != d {
+// end gives the endpoint up, unless the handshake is over already.
+func (o *opening) end() bool {
+	f := o.flow
+	if f.opening != o {
 		return false
 	}
-	d.stop()
-	f.connect = nil
+	o.stop()
+	f.opening = nil
 	f.over = true
 	f.ep.Abort()
 	f.drop()

@@ -34,10 +34,9 @@ type Flow struct {
 	acked  atomic.Uint32 // the last that a packet of ours acknowledged
 
 	// Owned by the loop.
-	inline            bool // the reader handles its segments
 	locked            bool // this batch holds the endpoint's lock
 	notify            func()
-	connect           *dial // while connecting
+	opening           *opening // while its handshake is under way
 	wroteFIN, readFIN bool
 	over              bool // Close or Reset was called
 	released          bool // no longer counts
@@ -82,8 +81,8 @@ func (f *Flow) changed() {
 // woken runs on the loop after changed.
 func (f *Flow) woken() {
 	f.queued.Store(false)
-	if f.connect != nil {
-		f.connect.progress()
+	if f.opening != nil {
+		f.opening.progress()
 		return
 	}
 	if f.over {
@@ -95,9 +94,8 @@ func (f *Flow) woken() {
 	}
 }
 
-// establish makes the reader handle the flow's segments from now on.
+// establish sets a connection up whose handshake is complete.
 func (f *Flow) establish() {
-	f.inline = true
 	f.ep.SocketOptions().SetDelayOption(false)
 	f.stack.reader.engine.cfg.TCP.control(f.ep, f.local)
 	setKeepalive(f.ep, &f.stack.reader.engine.cfg.Keepalive)
@@ -120,7 +118,7 @@ func (f *Flow) lock() {
 // pastEnd reports that a SYN came for a connection that is over but for
 // TIME_WAIT, and ends it, so that the SYN starts a new one.
 func (f *Flow) pastEnd(p *packet) bool {
-	if !p.isSYN() || f.connect != nil {
+	if !p.isSYN() || f.opening != nil {
 		return false
 	}
 	if f.locked {

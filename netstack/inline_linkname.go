@@ -5,6 +5,8 @@ import (
 	"unsafe" // also for go:linkname
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/stack"
 	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 	"gvisor.dev/gvisor/pkg/waiter"
 )
@@ -38,29 +40,99 @@ func timeWaitTimerExpired(e *tcp.Endpoint)
 //go:linkname sendAck gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*sender).sendAck
 func sendAck(unsafe.Pointer)
 
-// senderAt is where an Endpoint keeps its sender, which has no exported name.
-var senderAt = func() uintptr {
-	f, ok := reflect.TypeFor[tcp.Endpoint]().FieldByName("snd")
-	if !ok || f.Type.String() != "*tcp.sender" {
-		panic("netstack: gVisor's Endpoint has no snd")
+//go:linkname newIncomingSegment gvisor.dev/gvisor/pkg/tcpip/transport/tcp.newIncomingSegment
+func newIncomingSegment(id stack.TransportEndpointID, clock tcpip.Clock, pkt *stack.PacketBuffer) (unsafe.Pointer, error)
+
+//go:linkname parseSynSegmentOptions gvisor.dev/gvisor/pkg/tcpip/transport/tcp.parseSynSegmentOptions
+func parseSynSegmentOptions(segment unsafe.Pointer) header.TCPSynOptions
+
+//go:linkname decRef gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*segment).DecRef
+func decRef(segment unsafe.Pointer)
+
+//go:linkname startHandshake gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*listenContext).startHandshake
+func startHandshake(listen, segment unsafe.Pointer, opts header.TCPSynOptions, q *waiter.Queue, owner tcpip.PacketOwner) (handshake unsafe.Pointer, err tcpip.Error)
+
+//go:linkname processSegments gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*handshake).processSegments
+func processSegments(handshake unsafe.Pointer) tcpip.Error
+
+//go:linkname handshakeFailed gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).handshakeFailed
+func handshakeFailed(e *tcp.Endpoint, err tcpip.Error)
+
+// Pointers to what has no exported name: where they are, by the field's name.
+var (
+	senderAt    = offsetOf(reflect.TypeFor[tcp.Endpoint](), "snd", "*tcp.sender")
+	handshakeAt = offsetOf(reflect.TypeFor[tcp.Endpoint](), "h", "*tcp.handshake")
+	listenAt    = offsetOf(reflect.TypeFor[tcp.Forwarder](), "listen", "*tcp.listenContext")
+	endpointAt  = offsetOf(fieldOf(reflect.TypeFor[tcp.Endpoint](), "h").Type.Elem(), "ep", "*tcp.Endpoint")
+)
+
+func fieldOf(t reflect.Type, name string) reflect.StructField {
+	f, ok := t.FieldByName(name)
+	if !ok {
+		panic("netstack: gVisor's " + t.String() + " has no " + name)
+	}
+	return f
+}
+
+func offsetOf(t reflect.Type, name, typ string) uintptr {
+	f := fieldOf(t, name)
+	if f.Type.String() != typ {
+		panic("netstack: gVisor's " + t.String() + "." + name + " is a " + f.Type.String())
 	}
 	return f.Offset
-}()
+}
+
+// at returns the pointer that an object keeps at an offset.
+func at(object unsafe.Pointer, offset uintptr) unsafe.Pointer {
+	return *(*unsafe.Pointer)(unsafe.Add(object, offset))
+}
 
 // senderOf returns e's sender, which a connected endpoint has.
-func senderOf(e *tcp.Endpoint) unsafe.Pointer {
-	return *(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(e), senderAt))
+func senderOf(e *tcp.Endpoint) unsafe.Pointer { return at(unsafe.Pointer(e), senderAt) }
+
+// forgetHandshake frees what an established connection keeps of its
+// handshake: 240 bytes.
+func forgetHandshake(e *tcp.Endpoint) {
+	e.LockUser()
+	*(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(e), handshakeAt)) = nil
+	e.UnlockUser()
+}
+
+// answer sends the SYN-ACK for a SYN and returns the endpoint, which is
+// connecting. It is CreateEndpoint of gVisor's forwarder.go and accept.go, but
+// for the goroutine that would wait for the app's ACK.
+func (s *Stack) answer(id stack.TransportEndpointID, syn *stack.PacketBuffer, q *waiter.Queue) (*tcp.Endpoint, tcpip.Error) {
+	segment, err := newIncomingSegment(id, s.gv.Clock(), syn)
+	if err != nil {
+		return nil, &tcpip.ErrMalformedHeader{}
+	}
+	defer decRef(segment)
+	h, e := startHandshake(at(unsafe.Pointer(s.fwd), listenAt), segment, parseSynSegmentOptions(segment), q, nil)
+	if e != nil {
+		return nil, e
+	}
+	return (*tcp.Endpoint)(at(h, endpointAt)), nil
 }
 
 const allEvents = waiter.EventHUp | waiter.EventErr | waiter.ReadableEvents | waiter.WritableEvents
 
 // finish handles what the batch queued for f, whose user lock the caller
-// holds, and gives the lock back. It is handleConnected of gVisor's
+// holds, and gives the lock back. It is handleConnecting and handleConnected of gVisor's
 // dispatcher.go, but for the pod leg: there the peer is the pod's
 // own kernel, which is in order and loses nothing, and which reuses a source
 // port at once; a TIME_WAIT there would swallow its SYN.
 func (f *Flow) finish() {
 	e := f.ep
+	if isConnecting(e.EndpointState()) {
+		// handleConnecting, of an endpoint without a listener.
+		if err := processSegments(at(unsafe.Pointer(e), handshakeAt)); err != nil {
+			handshakeFailed(e, err)
+			e.UnlockUser()
+			drainClosingSegmentQueue(e)
+			f.queue.Notify(allEvents)
+			return
+		}
+	}
 	if !isConnected(e.EndpointState()) {
 		e.UnlockUser()
 		return
@@ -91,6 +163,11 @@ func (f *Flow) finish() {
 	default:
 		e.UnlockUser()
 	}
+}
+
+// isConnecting is what gVisor's EndpointState.connecting says.
+func isConnecting(s tcp.EndpointState) bool {
+	return s == tcp.StateConnecting || s == tcp.StateSynSent || s == tcp.StateSynRecv
 }
 
 // isConnected is what gVisor's EndpointState.connected says of the states

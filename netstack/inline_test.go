@@ -17,6 +17,15 @@ import (
 // gVisor this was checked against. After an upgrade: read the functions anew,
 // make finish say what handleConnected says, then write the new hash down.
 var mirrored = []struct{ file, name, hash string }{
+	{"dispatcher.go", "handleConnecting", "cd47aecb53ee53a4"},
+	{"forwarder.go", "CreateEndpoint", "9ef85427b09f4f0c"},
+	{"accept.go", "performHandshake", "36007e45d05fd2b6"},
+	{"accept.go", "startHandshake", "7f7b0bb50ca91216"},
+	{"segment.go", "newIncomingSegment", "c907d954c1ed4af8"},
+	{"connect.go", "parseSynSegmentOptions", "d2139a140d578965"},
+	{"connect.go", "processSegments", "75e8804d358da338"},
+	{"connect.go", "handshakeFailed", "eb05bf423059b6ee"},
+	{"endpoint.go", "connecting", "5be16e621076cc46"},
 	{"dispatcher.go", "handleConnected", "12d71c029ac4a4a4"},
 	{"dispatcher.go", "startTimeWait", "86498a04110785a8"},
 	{"connect.go", "handleSegmentsLocked", "3e0b2a9918fe84f0"},

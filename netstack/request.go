@@ -28,10 +28,6 @@ type Request struct {
 	in    bool // to the pod
 	over  bool // accepted, refused or dropped
 	stop  func()
-
-	// Set by Accept.
-	flow *Flow
-	done func(splice.End, error)
 }
 
 // Src is who opens the connection, Dst whom it dialled.
@@ -197,24 +193,21 @@ func (r *Request) Accept(done func(splice.End, error)) {
 	}
 	r.over = true
 	r.stop()
-	r.done = done
-	r.flow = s.newFlow(r.Src(), r.Dst(), size)
-	s.mu.Lock()
-	s.accepting[r.id] = r
-	s.mu.Unlock()
-	// The forwarder starts the goroutine that handshake runs on: gVisor's
-	// passive open waits for the app's ACK.
-	taken := s.fwd.HandlePacket(r.id, r.pkt)
-	s.reader.started = true
+	f := s.newFlow(r.Src(), r.Dst(), size)
+	ep, err := s.answer(r.id, r.pkt, &f.wq)
 	r.pkt.DecRef()
 	r.pkt = nil
-	if !taken {
-		// The SYN itself is bad, or the forwarder has one of the same tuple.
-		s.counters.badChecksum.Add(1)
-		s.reader.Post(func() { r.accepted(nil, syscall.ECONNABORTED) })
+	ended := func(end splice.End, err error) {
+		s.unhold(r)
+		done(end, err)
+	}
+	if err != nil {
+		f.release()
+		s.reader.Post(func() { ended(nil, flowError("accept", err)) })
 		return
 	}
-	r.stop = s.reader.AfterFunc(handshakeTimeout, r.abandon)
+	f.ep = ep
+	f.begin("accept", handshakeTimeout, ended)
 }
 
 // newSize takes a share of the budgets for one more flow, or returns 0.
@@ -235,60 +228,6 @@ func (s *Stack) newSize() int64 {
 
 // handshakeTimeout bounds how long a peer may leave a SYN-ACK unanswered.
 const handshakeTimeout = 4 * time.Second
-
-// abandon ends a handshake that takes too long; handshake then returns.
-func (r *Request) abandon() {
-	proto := networkProtocol(r.Src().Addr())
-	if ep := r.stack.gv.FindTransportEndpoint(proto, tcp.ProtocolNumber, r.id, nicID); ep != nil {
-		ep.Abort()
-	}
-}
-
-// handshake is the forwarder's handler: it runs on a goroutine of its own.
-func (s *Stack) handshake(fr *tcp.ForwarderRequest) {
-	s.mu.Lock()
-	r := s.accepting[fr.ID()]
-	delete(s.accepting, fr.ID())
-	s.mu.Unlock()
-	if r == nil {
-		fr.Complete(true)
-		return
-	}
-	ep, err := fr.CreateEndpoint(&r.flow.wq)
-	fr.Complete(false)
-	s.reader.Post(func() {
-		if err != nil {
-			r.accepted(nil, flowError("accept", err))
-			return
-		}
-		r.accepted(ep.(*tcp.Endpoint), nil)
-	})
-}
-
-// accepted ends Accept, on the loop.
-func (r *Request) accepted(ep *tcp.Endpoint, err error) {
-	s := r.stack
-	r.stop()
-	s.unhold(r)
-	s.mu.Lock()
-	if s.accepting[r.id] == r {
-		delete(s.accepting, r.id)
-	}
-	s.mu.Unlock()
-	f := r.flow
-	if err == nil && s.closed {
-		ep.Abort()
-		err = errClosed
-	}
-	if err != nil {
-		f.release()
-		r.done(nil, err)
-		return
-	}
-	f.ep = ep
-	s.enter(f)
-	r.done(f, nil)
-}
 
 // enter puts an established flow into the table.
 func (s *Stack) enter(f *Flow) {

@@ -87,20 +87,3 @@ func newTCP(s *stack.Stack) stack.TransportProtocol {
 //
 //go:linkname initDispatcher gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*dispatcher).init
 func initDispatcher(d unsafe.Pointer, rng *mathrand.Rand, processors int)
-
-// handshakeField is where an endpoint keeps its handshake.
-var handshakeField = func() uintptr {
-	f, ok := reflect.TypeFor[tcp.Endpoint]().FieldByName("h")
-	if !ok || f.Type.Kind() != reflect.Pointer {
-		panic("netstack: this gVisor keeps handshakes elsewhere")
-	}
-	return f.Offset
-}()
-
-// forgetHandshake frees what a dialled connection, now established, keeps of
-// its handshake: 240 bytes. gVisor does the same for those it accepts.
-func forgetHandshake(e *tcp.Endpoint) {
-	e.LockUser()
-	*(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(e), handshakeField)) = nil
-	e.UnlockUser()
-}

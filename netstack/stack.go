@@ -5,7 +5,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
-	"sync"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -54,10 +53,6 @@ type Stack struct {
 	timeWaits []*Flow // oldest first
 	quiet     bool    // answers no SYN
 	closed    bool
-
-	// accepting has the Requests whose handshake gVisor performs. mu guards it.
-	mu        sync.Mutex
-	accepting map[stack.TransportEndpointID]*Request
 }
 
 func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
@@ -67,7 +62,6 @@ func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 		flows:     map[tuple]*Flow{},
 		pending:   map[tuple]*Request{},
 		perSource: map[[16]byte]int{},
-		accepting: map[stack.TransportEndpointID]*Request{},
 	}
 	s.askTask.Run = s.ask
 	for _, a := range cfg.Addrs {
@@ -106,7 +100,7 @@ func (s *Stack) configure() error {
 			return fmt.Errorf("netstack: option %T: %s", o, err)
 		}
 	}
-	s.fwd = tcp.NewForwarder(s.gv, firstBuffer, s.limits.PendingInbound+s.limits.PendingOutbound, s.handshake)
+	s.fwd = tcp.NewForwarder(s.gv, firstBuffer, 1, nil) // for answer
 	s.gv.SetTransportProtocolHandler(tcp.ProtocolNumber, s.handleSegment)
 	if err := s.gv.CreateNICWithOptions(nicID, s.link, stack.NICOptions{QDisc: s.link}); err != nil {
 		return fmt.Errorf("netstack: interface: %s", err)

@@ -101,7 +101,7 @@ func (s *Stack) segment(p *packet, h tun.Header, n int) {
 		if f.pastEnd(p) {
 			break
 		}
-		if f.inline && !f.locked {
+		if !f.locked {
 			f.lock()
 		}
 	case !s.isOurs(p):
