@@ -9,7 +9,7 @@ CMDS    := $(notdir $(patsubst %/,%,$(dir $(wildcard cmd/*/main.go))))
 IMAGE   ?= ztun
 FUZZTIME ?= 3s
 ROUNDS  ?= 3
-ROWS    ?= .
+ROWS    ?=
 LEGS    ?= .
 # An ordinary user, for what must work without root.
 NOBODY  := setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/nonexistent
@@ -78,7 +78,7 @@ fuzz: ## run every fuzz target for FUZZTIME (3s) each
 SECONDS ?= 3
 bench: build ## measure beside the kernel alone: ROUNDS=3 ROWS=regexp LEGS=regexp SECONDS=3 OTHER='another proxy' PROFILE=dir; writes bin/bench.json
 	$(GO) build -o $(BIN)/bench ./cmd/internal/bench
-	$(BIN)/bench -bin $(BIN) -json $(BIN)/bench.json -rounds $(ROUNDS) -rows '$(ROWS)' -legs '$(LEGS)' -seconds $(SECONDS) \
+	$(BIN)/bench -bin $(BIN) -json $(BIN)/bench.json -rounds $(ROUNDS) $(if $(ROWS),-rows '$(ROWS)') -legs '$(LEGS)' -seconds $(SECONDS) \
 		$(if $(OTHER),-other '$(subst ','\'',$(OTHER))') $(if $(PROFILE),-profile '$(PROFILE)')
 
 ci: export CI = true

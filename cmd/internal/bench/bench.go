@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -19,15 +20,23 @@ import (
 
 // options are what the command line says.
 type options struct {
-	Rounds  int
-	Rows    *regexp.Regexp
-	Legs    *regexp.Regexp
-	Window  time.Duration // How long one measurement lasts.
-	Settle  time.Duration // How long memory may take to settle.
-	Conns   int           // Idle connections.
-	Pods    int           // Idle pods.
-	Other   string        // Command line of another proxy; empty: none.
-	Profile string        // Directory for CPU profiles; empty: none.
+	Rounds int
+	Rows   *regexp.Regexp
+	Legs   *regexp.Regexp
+	Window time.Duration // How long one measurement lasts.
+	Settle time.Duration // How long memory may take to settle.
+	Conns  int           // Idle connections whose memory is measured.
+	Pods   int           // Idle pods whose memory is measured.
+	// Of the rows that take long: idle connections to be held and for how long,
+	// idle pods, pods that share a load, services.
+	Idle     int
+	IdleFor  time.Duration
+	IdlePods int
+	Spread   int
+	Services int
+	Beside   int    // Pods at each end of a leg for what one pod may not hold alone.
+	Other    string // Command line of another proxy; empty: none.
+	Profile  string // Directory for CPU profiles; empty: none.
 }
 
 // A bench measures legs, one after the other, again and again.
@@ -36,10 +45,12 @@ type bench struct {
 	site     site
 	program  string // This one, as its workers are started.
 	dir      string // What the lab is made of, as its agents name it.
+	config   string // What its control plane reads, likewise.
 	progress io.Writer
 	legs     []*leg
-	agents   map[string]*agent // By where they are.
-	addrs    map[string]netip.Addr
+	agents   map[string]*agent     // By where they are.
+	addrs    map[string]netip.Addr // Of pods.
+	spaces   map[string]string     // Their network namespaces, by path.
 	figures  *figures
 	busiest  bystanding // That were the busiest.
 }
@@ -47,11 +58,8 @@ type bench struct {
 // meterAt is where processes are looked at: it sees all of the lab's.
 const meterAt = "fabric"
 
-// worldFile and idleFile are what the lab's directory holds.
-const (
-	worldFile = "world.yaml"
-	idleFile  = "idle.yaml"
-)
+// worldFile is what the lab's directory holds from the start.
+const worldFile = "world.yaml"
 
 // startLab starts a lab with the pods of the legs. It dies with this process,
 // and leaves nothing on the machine's disks.
@@ -77,11 +85,11 @@ func (b *bench) prepare(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	b.dir = status.Dir
-	b.addrs = map[string]netip.Addr{}
+	b.dir, b.config = status.Dir, status.Config
+	b.addrs, b.spaces = map[string]netip.Addr{}, map[string]string{}
+	b.learn(status)
 	for _, p := range status.Pods {
 		key := p.Namespace + "/" + p.Name
-		b.addrs[key] = p.Addresses[0]
 		for _, l := range b.legs {
 			if p.Error != "" && (l.client.key() == key || l.server.key() == key) {
 				l.missing = p.Error
@@ -221,9 +229,11 @@ func (b *bench) pids(ctx context.Context, l *leg) ([]int, error) {
 // A reading is what processes have used, together, and what the machine has
 // in use.
 type reading struct {
-	cpu    time.Duration
-	rss    uint64
-	memory uint64 // As in answer; only where it was asked for.
+	cpu time.Duration
+	rss uint64
+	// threads is how many they have, together.
+	threads int
+	memory  uint64 // As in answer; only where it was asked for.
 }
 
 func (b *bench) read(ctx context.Context, pids []int, machine bool) (reading, error) {
@@ -235,6 +245,7 @@ func (b *bench) read(ctx context.Context, pids []int, machine bool) (reading, er
 	for _, u := range a.Usage {
 		r.cpu += u.CPU
 		r.rss += u.RSS
+		r.threads += u.Threads
 	}
 	return r, nil
 }
@@ -272,9 +283,24 @@ func (b *bench) restart(ctx context.Context, l *leg) error {
 	}
 }
 
-// run measures all trials in all rounds. Its error joins all that could not
-// be measured.
+// run measures all trials in all rounds, stage after stage. Its error joins
+// all that could not be measured.
 func (b *bench) run(ctx context.Context, trials []trial) error {
+	var errs []error
+	for len(trials) > 0 && ctx.Err() == nil {
+		s := trials[0].stage
+		n := slices.IndexFunc(trials, func(t trial) bool { return t.stage != s })
+		if n < 0 {
+			n = len(trials)
+		}
+		errs = append(errs, b.on(ctx, s, trials[:n], func() error { return b.runRounds(ctx, trials[:n]) }))
+		trials = trials[n:]
+	}
+	return errors.Join(errs...)
+}
+
+// runRounds measures trials of one stage.
+func (b *bench) runRounds(ctx context.Context, trials []trial) error {
 	var errs []error
 	for round := range b.Rounds {
 		for _, l := range b.legs {
@@ -299,17 +325,54 @@ func (b *bench) run(ctx context.Context, trials []trial) error {
 	return errors.Join(errs...)
 }
 
-// runTrial measures one trial on every leg, beginning with another leg each
-// round.
+// runTrial measures one trial in all its settings, every other round the other
+// way round.
 func (b *bench) runTrial(ctx context.Context, t trial, round int) error {
+	settings := slices.Clone(t.settings)
+	if len(settings) == 0 {
+		settings = append(settings, func(context.Context, *bench) error { return nil })
+	}
+	if round%2 == 1 {
+		slices.Reverse(settings)
+	}
 	var errs []error
 	values := map[string]map[string]float64{}
+	for _, set := range settings {
+		err := set(ctx, b)
+		if err == nil {
+			err = b.runLegs(ctx, t, round, values)
+		}
+		errs = append(errs, err)
+	}
+	if t.adjust != nil {
+		t.adjust(values)
+	}
+	for legName, got := range values {
+		for rowName, v := range got {
+			b.figures.set(rowName, legName, round, v)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// runLegs measures a trial on every leg, beginning with another leg each
+// round, and adds to values by leg and row.
+func (b *bench) runLegs(ctx context.Context, t trial, round int, values map[string]map[string]float64) error {
+	var errs []error
 	for i := range b.legs {
 		l := b.legs[(i+round)%len(b.legs)]
 		if l.missing != "" || l.broken || t.skips(l) {
 			continue
 		}
-		got, err := b.runOn(ctx, t, l, round)
+		got := map[string]float64{}
+		var err error
+		for _, part := range t.split() {
+			var some map[string]float64
+			if some, err = b.runOn(ctx, part, l, round); err != nil {
+				break
+			}
+			maps.Copy(got, some)
+		}
 		if ctx.Err() != nil {
 			return err
 		}
@@ -319,19 +382,14 @@ func (b *bench) runTrial(ctx context.Context, t trial, round int) error {
 			errs = append(errs, err)
 			continue
 		}
-		values[l.name] = got
+		if values[l.name] == nil {
+			values[l.name] = map[string]float64{}
+		}
+		maps.Copy(values[l.name], got)
 		for _, r := range t.rows {
 			if v, ok := got[r.name]; ok {
 				fmt.Fprintf(b.progress, "round %d  %-20s %-16s %s %s\n", round+1, r.name, l.name, number(v), r.unit)
 			}
-		}
-	}
-	if t.adjust != nil {
-		t.adjust(values)
-	}
-	for legName, got := range values {
-		for rowName, v := range got {
-			b.figures.set(rowName, legName, round, v)
 		}
 	}
 	return errors.Join(errs...)

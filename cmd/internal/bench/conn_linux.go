@@ -12,9 +12,9 @@ import (
 
 // connect starts a connection; ready goes on with it.
 func (d *driver) connect(c *conn) error {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+	fd, err := socket(c.netns)
 	if err != nil {
-		return fmt.Errorf("bench: socket: %w", err)
+		return err
 	}
 	c.fd, c.state, c.got = fd, connConnecting, 0
 	if err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1); err != nil {
@@ -25,6 +25,28 @@ func (d *driver) connect(c *conn) error {
 		return d.fail(c, err)
 	}
 	return d.control(unix.EPOLL_CTL_ADD, fd, unix.EPOLLOUT, c.index)
+}
+
+// socket makes a socket that does not block, in the network namespace of that
+// path.
+func socket(netns string) (fd int, err error) {
+	err = visit(netns, func() error {
+		fd, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, 0)
+		if err != nil {
+			return fmt.Errorf("bench: socket: %w", err)
+		}
+		return nil
+	})
+	return fd, err
+}
+
+// visit runs f in the network namespace of that path, here if it is empty.
+// What sockets f makes stay there.
+func visit(netns string, f func() error) error {
+	if netns == "" {
+		return f()
+	}
+	return inNetns(netns, f)
 }
 
 func (d *driver) close(c *conn) {
@@ -61,7 +83,7 @@ func (d *driver) established(c *conn) error {
 	if d.fresh {
 		return d.send(c, freshRequest)
 	}
-	return nil
+	return d.openNext()
 }
 
 func (d *driver) send(c *conn, text string) error {
@@ -122,13 +144,23 @@ func (d *driver) again(c *conn) error {
 	}
 	switch {
 	case d.interval == 0 && d.now() < d.end:
-		return d.begin(c, d.now())
+		return d.begin(d.turn(c), d.now())
 	case d.interval > 0 && len(d.due) > 0:
 		return d.next(c)
 	case d.interval > 0:
 		d.free = append(d.free, c)
 	}
 	return nil
+}
+
+// turn is the connection whose turn is next, now that c has nothing to do.
+func (d *driver) turn(c *conn) *conn {
+	if len(d.free) == 0 {
+		return c
+	}
+	d.free = append(d.free, c)
+	c, d.free = d.free[0], d.free[1:]
+	return c
 }
 
 // maxFailures is how many fresh connections may fail, unless they are few

@@ -3,8 +3,11 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net/netip"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -67,25 +70,36 @@ func (i *idlers) hold(fd int) {
 	i.held = append(i.held, fd)
 }
 
-// open opens connections and sees each of them work.
-func (i *idlers) open(o order) error {
+// open opens connections and sees each of them work. It stops where one does
+// not; the answer says why.
+func (i *idlers) open(o order) (answer, error) {
 	if o.Conns > maxConns {
-		return fmt.Errorf("bench: %d connections: out of bounds", o.Conns)
+		return answer{}, fmt.Errorf("bench: %d connections: out of bounds", o.Conns)
+	}
+	openers := idleOpeners
+	if o.OneByOne {
+		openers = 1
 	}
 	target := netip.AddrPortFrom(o.Addr.Addr(), portIdle)
-	errs := make([]error, idleOpeners)
+	began, before := time.Now(), i.count()
+	var failure atomic.Pointer[error] // The first.
 	var all sync.WaitGroup
-	for n := range idleOpeners {
+	for n := range openers {
 		all.Go(func() {
-			for range share(o.Conns, idleOpeners, n) {
-				if errs[n] = i.openOne(target); errs[n] != nil {
+			for range share(o.Conns, openers, n) {
+				if err := i.openOne(target); err != nil {
+					failure.CompareAndSwap(nil, &err)
 					return
 				}
 			}
 		})
 	}
 	all.Wait()
-	return errors.Join(errs...)
+	a := answer{Open: i.count() - before, Took: time.Since(began)}
+	if err := failure.Load(); err != nil {
+		a.Failure = (*err).Error()
+	}
+	return a, nil
 }
 
 func (i *idlers) openOne(target netip.AddrPort) error {
@@ -93,7 +107,13 @@ func (i *idlers) openOne(target netip.AddrPort) error {
 	if err != nil {
 		return fmt.Errorf("bench: socket: %w", err)
 	}
-	if err = connectWithin(fd, target); err == nil {
+	// It ends with a reset: so many that wait for their ports to be forgotten
+	// would leave none for the next round.
+	err = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+	if err == nil {
+		err = connectWithin(fd, target)
+	}
+	if err == nil {
 		err = exchange(fd, true)
 	}
 	if err != nil {
@@ -101,6 +121,54 @@ func (i *idlers) openOne(target netip.AddrPort) error {
 	}
 	i.hold(fd)
 	return nil
+}
+
+func (i *idlers) count() int {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return len(i.held)
+}
+
+// sweepTimeout bounds how long a byte may take over all connections.
+const sweepTimeout = 30 * time.Second
+
+// sweep moves a byte on each connection that is held: poke sends one, echo
+// gets one and sends it back, hear gets it. It returns on how many that went.
+func (i *idlers) sweep(do string) (went int) {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	left := slices.Clone(i.held)
+	for deadline := time.Now().Add(sweepTimeout); len(left) > 0 && time.Now().Before(deadline); {
+		waiting := left[:0]
+		for _, fd := range left {
+			err := error(nil)
+			if do != "poke" {
+				err = hear(fd)
+			}
+			if err == nil && do != "hear" {
+				err = unix.Send(fd, []byte{'i'}, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+			}
+			switch {
+			case err == nil:
+				went++
+			case errors.Is(err, unix.EAGAIN), errors.Is(err, unix.EINTR):
+				waiting = append(waiting, fd)
+			}
+		}
+		if left = waiting; len(left) > 0 {
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	return went
+}
+
+// hear gets the byte that is there.
+func hear(fd int) error {
+	n, _, err := unix.Recvfrom(fd, make([]byte, 1), unix.MSG_DONTWAIT)
+	if err == nil && n == 0 {
+		err = io.EOF
+	}
+	return err
 }
 
 // connectWithin connects a non-blocking socket and makes it a blocking one.

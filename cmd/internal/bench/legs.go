@@ -92,17 +92,6 @@ func world(legs []*leg) string {
 	return b.String()
 }
 
-// idlePods is the YAML of pods that only are in the mesh, each with a service
-// account of its own, which is the dearest case.
-func idlePods(n int) string {
-	var b strings.Builder
-	for i := range n {
-		p := &benchPod{namespace: meshNamespace, name: fmt.Sprintf("idle-%d", i), node: nodeA}
-		p.write(&b)
-	}
-	return b.String()
-}
-
 // waitForEnd is what a pod runs: workers are started beside it. sleep alone,
 // as PID 1, would ignore the signal to end.
 const waitForEnd = "trap exit TERM; sleep infinity & wait"

@@ -65,18 +65,23 @@ type commandLine struct {
 }
 
 func parse(args []string, errors io.Writer) (commandLine, error) {
-	c := commandLine{options: options{Settle: 8 * time.Second}}
+	c := commandLine{options: options{Settle: 8 * time.Second, Beside: 8}}
 	var rows, legs string
 	var seconds float64
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.SetOutput(errors)
 	flags.IntVar(&c.Rounds, "rounds", 3, "how often each leg is measured")
-	flags.StringVar(&rows, "rows", ".", "measure the rows that match this regular expression")
+	flags.StringVar(&rows, "rows", "", "measure the rows that match this regular expression (default: all but those that take long)")
 	flags.StringVar(&legs, "legs", ".", "measure the legs that match this regular expression")
 	flags.StringVar(&c.Other, "other", "", "command line of another proxy, for the legs "+legOther+" and "+legOtherSameNode)
 	flags.Float64Var(&seconds, "seconds", 3, "how long one measurement lasts")
-	flags.IntVar(&c.Conns, "conns", 3000, "how many idle connections")
-	flags.IntVar(&c.Pods, "pods", 32, "how many idle pods")
+	flags.IntVar(&c.Conns, "conns", 12_000, "how many idle connections, for their memory")
+	flags.IntVar(&c.Pods, "pods", 32, "how many idle pods, for their memory")
+	flags.IntVar(&c.Idle, "idle", 50_000, "how many idle connections, for the row idle-N")
+	flags.DurationVar(&c.IdleFor, "idle-for", 10*time.Second, "how long those are held")
+	flags.IntVar(&c.IdlePods, "idle-pods", 1000, "how many idle pods, for the rows idle-pods-N")
+	flags.IntVar(&c.Spread, "spread", 250, "how many pods share a load, for the rows pods-N")
+	flags.IntVar(&c.Services, "services", 10_000, "how many services and workloads are known, for the rows services-N")
 	flags.StringVar(&c.Profile, "profile", "", "directory for CPU profiles of the ztun proxies, of the first round")
 	flags.StringVar(&c.programs, "bin", "bin", "directory of ztun and ztun-proxy")
 	flags.StringVar(&c.json, "json", "bin/bench.json", "file for the figures")
@@ -91,14 +96,25 @@ func parse(args []string, errors io.Writer) (commandLine, error) {
 		return c, fmt.Errorf("bench: -rounds %d: want 1 to 1000", c.Rounds)
 	case !(seconds >= 0.1 && seconds <= 300):
 		return c, fmt.Errorf("bench: -seconds %v: want 0.1 to 300", seconds)
-	case c.Conns < 1 || c.Conns > maxConns:
-		return c, fmt.Errorf("bench: -conns %d: want 1 to %d", c.Conns, maxConns)
-	case c.Pods < 1 || c.Pods > 200:
-		return c, fmt.Errorf("bench: -pods %d: want 1 to 200", c.Pods)
+	case c.IdleFor < 0 || c.IdleFor > time.Hour:
+		return c, fmt.Errorf("bench: -idle-for %v: want at most 1h", c.IdleFor)
+	}
+	for _, count := range []struct {
+		flag            string
+		value, min, max int
+	}{
+		{"conns", c.Conns, 1, maxConns}, {"idle", c.Idle, 1, maxConns}, {"pods", c.Pods, 1, 200},
+		{"idle-pods", c.IdlePods, 1, 1000}, {"spread", c.Spread, 1, 400}, {"services", c.Services, fewServices + 1, 50_000},
+	} {
+		if count.value < count.min || count.value > count.max {
+			return c, fmt.Errorf("bench: -%s %d: want %d to %d", count.flag, count.value, count.min, count.max)
+		}
 	}
 	c.Window = time.Duration(seconds * float64(time.Second))
-	if c.Rows, err = regexp.Compile(rows); err != nil {
-		return c, fmt.Errorf("bench: -rows: %w", err)
+	if rows != "" {
+		if c.Rows, err = regexp.Compile(rows); err != nil {
+			return c, fmt.Errorf("bench: -rows: %w", err)
+		}
 	}
 	if c.Legs, err = regexp.Compile(legs); err != nil {
 		return c, fmt.Errorf("bench: -legs: %w", err)
@@ -115,7 +131,7 @@ func runBench(ctx context.Context, args []string, out, progress io.Writer) (err 
 	if err != nil {
 		return err
 	}
-	trials := selected(allTrials(), c.Rows)
+	trials := selected(allTrials(c.options), c.Rows)
 	legs := slices.DeleteFunc(allLegs(), func(l *leg) bool { return !c.Legs.MatchString(l.name) || l.other && c.Other == "" })
 	if len(trials) == 0 || len(legs) == 0 {
 		return errors.New("bench: no row or no leg matches (those of another proxy need -other)")
@@ -129,6 +145,7 @@ func runBench(ctx context.Context, args []string, out, progress io.Writer) (err 
 	if err != nil {
 		return fmt.Errorf("bench: %w", err)
 	}
+	raiseFileLimit()
 	b := &bench{options: c.options, program: program, progress: progress, legs: legs, figures: newFigures(c.Rounds)}
 	r := &report{head: describe(c), legs: legs, figures: b.figures}
 	for _, t := range trials {

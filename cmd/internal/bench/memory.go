@@ -2,9 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"path/filepath"
 	"time"
 )
 
@@ -12,7 +9,7 @@ const mebi = 1 << 20
 
 // rssTrial reads the proxies' memory as the rows before have left it.
 func rssTrial() trial {
-	const rss = "rss"
+	const rss = "rss-after-load"
 	return trial{rows: []row{{name: rss, unit: "MiB", alone: true}}, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
 		pids, err := b.pids(ctx, l)
 		if err != nil || len(pids) == 0 {
@@ -23,140 +20,28 @@ func rssTrial() trial {
 	}}
 }
 
-// idleConnsTrial opens connections through fresh proxies, which have no freed
-// memory to hand out again, and lets them be. The direct leg shows what the
-// two ends cost; the others what comes on top.
-func idleConnsTrial() trial {
-	const rest, machine, proxies = "rss-at-rest", "bytes-per-idle-conn", "rss-per-idle-conn"
-	rows := []row{{name: rest, unit: "MiB", alone: true}, {name: machine, unit: "B", alone: true}, {name: proxies, unit: "B", alone: true}}
-	measure := func(ctx context.Context, b *bench, l *leg) (values map[string]float64, err error) {
-		// Fresh ends too, for the same reason.
-		server, err := startAgent(ctx, b.site, b.program, l.server.key())
-		if err != nil {
-			return nil, err
+// restTrial reads the memory of fresh proxies.
+func restTrial() trial {
+	const rest = "rss-at-rest"
+	return trial{rows: []row{{name: rest, unit: "MiB", alone: true}}, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
+		if len(l.proxies) == 0 {
+			return nil, nil
 		}
-		defer func() { err = errors.Join(err, server.end()) }()
-		if _, err := server.ask(ctx, order{Do: "serve-idle"}, connectTimeout); err != nil {
-			return nil, err
-		}
-		client, err := startAgent(ctx, b.site, b.program, l.client.key())
-		if err != nil {
-			return nil, err
-		}
-		defer func() { err = errors.Join(err, client.end()) }()
-		if err := b.restart(ctx, l); err != nil {
-			return nil, err
-		}
-		pids, err := b.pids(ctx, l)
-		if err != nil {
-			return nil, err
-		}
-		before, err := b.settle(ctx, pids)
-		if err != nil {
-			return nil, err
-		}
-		if _, err := client.ask(ctx, order{Do: "idle", Addr: b.server(l), Conns: b.Conns}, time.Minute); err != nil {
-			return nil, err
-		}
-		after, err := b.settle(ctx, pids)
-		if err != nil {
-			return nil, err
-		}
-		values = map[string]float64{machine: (float64(after.memory) - float64(before.memory)) / float64(b.Conns)}
-		if len(pids) > 0 {
-			values[rest] = float64(before.rss) / mebi
-			values[proxies] = (float64(after.rss) - float64(before.rss)) / float64(b.Conns)
-		}
-		return values, nil
-	}
-	return trial{rows: rows, measure: measure, adjust: func(values map[string]map[string]float64) {
-		direct, ok := values[legDirect][machine]
-		for leg, got := range values {
-			switch {
-			case leg == legDirect:
-			case ok:
-				got[machine] -= direct
-			default:
-				delete(got, machine)
-			}
-		}
+		_, now, err := b.fresh(ctx, l)
+		return map[string]float64{rest: float64(now.rss) / mebi}, err
 	}}
 }
 
-// idlePodsTrial adds pods to the mesh, on the client's node, and sees the
-// node's proxy grow.
-func idlePodsTrial() trial {
-	const each = "bytes-per-idle-pod"
-	measure := func(ctx context.Context, b *bench, l *leg) (_ map[string]float64, err error) {
-		if err := b.restart(ctx, l); err != nil {
-			return nil, err
-		}
-		pids, err := b.pids(ctx, l)
-		if err != nil {
-			return nil, err
-		}
-		pids = pids[:1] // That of the client's node.
-		before, err := b.settle(ctx, pids)
-		if err != nil {
-			return nil, err
-		}
-		file := filepath.Join(b.dir, idleFile)
-		write := func(text string) error {
-			_, err := b.agents[meterAt].ask(ctx, order{Do: "write", File: file, Text: text}, connectTimeout)
-			return err
-		}
-		if err := write(idlePods(b.Pods)); err != nil {
-			return nil, err
-		}
-		defer func() {
-			err = errors.Join(err, write(""))
-			if err == nil {
-				err = b.awaitIdlePods(ctx, 0)
-			}
-		}()
-		if err := b.awaitIdlePods(ctx, b.Pods); err != nil {
-			return nil, err
-		}
-		after, err := b.settle(ctx, pids)
-		if err != nil {
-			return nil, err
-		}
-		return map[string]float64{each: (float64(after.rss) - float64(before.rss)) / float64(b.Pods)}, nil
+// fresh gives a leg fresh proxies, and reads them once they are calm.
+func (b *bench) fresh(ctx context.Context, l *leg) (pids []int, calm reading, err error) {
+	if err = b.restart(ctx, l); err != nil {
+		return nil, reading{}, err
 	}
-	return trial{rows: []row{{name: each, unit: "B", alone: true}}, only: legHBONE, measure: measure}
-}
-
-// podsTimeout bounds how long idle pods may take to come or go.
-const podsTimeout = 90 * time.Second
-
-// awaitIdlePods returns once so many idle pods are served, or none is left.
-func (b *bench) awaitIdlePods(ctx context.Context, n int) error {
-	ctx, cancel := context.WithTimeout(ctx, podsTimeout)
-	defer cancel()
-	for {
-		status, err := b.site.Status(ctx)
-		if err != nil {
-			return err
-		}
-		there, served, why := 0, 0, status.Problem
-		for _, p := range status.Pods {
-			if _, ours := b.addrs[p.Namespace+"/"+p.Name]; ours {
-				continue
-			}
-			there++
-			if p.Phase == "served" {
-				served++
-			} else if p.Error != "" {
-				why = p.Error
-			}
-		}
-		if there == n && served == n {
-			return nil
-		}
-		if err := sleep(ctx, 100*time.Millisecond); err != nil {
-			return fmt.Errorf("%w: %d idle pods, %d served, want %d: %s", err, there, served, n, why)
-		}
+	if pids, err = b.pids(ctx, l); err != nil {
+		return nil, reading{}, err
 	}
+	calm, err = b.settle(ctx, pids)
+	return pids, calm, err
 }
 
 const (

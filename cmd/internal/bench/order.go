@@ -16,6 +16,7 @@ const (
 	portHTTP   = 8080
 	portStream = 8081
 	portIdle   = 8082
+	portStall  = 8083
 )
 
 // An order is what an agent is told to do: a line of JSON on its standard
@@ -29,9 +30,16 @@ type order struct {
 	Rate  int            `json:"rate,omitzero"`  // requests: a second. 0: as fast as it goes.
 	Warm  time.Duration  `json:"warm,omitzero"`  // requests: before they count.
 	For   time.Duration  `json:"for,omitzero"`   // requests: while they count.
-	PIDs  []int          `json:"pids,omitzero"`  // usage: of whom.
-	File  string         `json:"file,omitzero"`  // write: where.
-	Text  string         `json:"text,omitzero"`  // write: what. Empty: the file goes.
+	// InFlight is how many requests may be on their way at once, in turn on
+	// all connections, and how many connections may be coming up. 0: all.
+	InFlight int `json:"inFlight,omitzero"`
+	// From are the network namespaces that connections for requests are made
+	// in, by path, in turn. Empty: the worker's own.
+	From     []string `json:"from,omitzero"`
+	OneByOne bool     `json:"oneByOne,omitzero"` // idle: the next when one is open.
+	PIDs     []int    `json:"pids,omitzero"`     // usage: of whom.
+	File     string   `json:"file,omitzero"`     // write: where.
+	Text     string   `json:"text,omitzero"`     // write: what. Empty: the file goes.
 	// Machine asks usage for Memory too.
 	Machine bool `json:"machine,omitzero"`
 }
@@ -49,6 +57,14 @@ type answer struct {
 	// whole machine and that of all processes of the lab, but no file cache.
 	Usage  []usage `json:"usage,omitempty"`
 	Memory uint64  `json:"memory,omitzero"`
+	// Of idle: how many connections are open, why not more, and how long it
+	// took. Of the sweeps: on how many the byte went.
+	Open    int           `json:"open,omitzero"`
+	Failure string        `json:"failure,omitempty"`
+	Took    time.Duration `json:"took,omitzero"`
+	// Of known: how many services, and workloads, the proxy knows of those
+	// that the bench made up; the lesser number.
+	Known int `json:"known,omitzero"`
 }
 
 // A load is the outcome of requests.
@@ -62,6 +78,9 @@ type load struct {
 	// stall counts for all who would have come meanwhile.
 	Latency histogram `json:"latency"`
 }
+
+// rate is how many requests were answered a second.
+func (l *load) rate() float64 { return float64(l.Done) / l.Window.Seconds() }
 
 func (l *load) merge(other *load) {
 	l.Total += other.Total
@@ -126,7 +145,15 @@ func (w *worker) do(o order) (answer, error) {
 	case "serve-idle":
 		return answer{}, w.idle.serve()
 	case "idle":
-		return answer{}, w.idle.open(o)
+		return w.idle.open(o)
+	case "poke", "echo", "hear":
+		return answer{Open: w.idle.sweep(o.Do)}, nil
+	case "stall":
+		n, err := stall(netip.AddrPortFrom(o.Addr.Addr(), portStall))
+		return answer{Bytes: n}, err
+	case "known":
+		n, err := countKnown()
+		return answer{Known: n}, err
 	case "redirect":
 		return answer{}, redirect(o.Addr.Addr())
 	case "usage":

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/ztun/ztun/xds/control"
 )
 
@@ -67,39 +69,65 @@ func TestShareDealsOutAll(t *testing.T) {
 const maxFiles = 64 << 10
 
 func TestControlPlaneTakesTheWorld(t *testing.T) {
-	files := map[string]string{worldFile: world(allLegs()), idleFile: idlePods(200)}
-	for name, text := range files {
-		if len(text) > maxFiles {
-			t.Errorf("%s has %d bytes", name, len(text))
-		}
+	legs := allLegs()
+	start := world(legs)
+	if len(start) > maxFiles {
+		t.Errorf("the world has %d bytes", len(start))
+	}
+	many := &stage{clients: 5, servers: 3}
+	more := many.pods(legs, []trial{{stage: many}})
+	known := 700 // More than an octet has room for.
+	files := map[string]string{
+		worldFile: start, moreFile: podsYAML(append(more, idlePods(legs[2], 200)...)), knownFile: knownServices(known),
 	}
 	world, report := control.Check(control.Config{Static: control.NewStatic(files)})
 	if err := report.Err(); err != nil {
 		t.Fatal(err)
 	}
-	enrolled := 0
+	pods, enrolled := map[string]int{}, map[string]int{}
 	for _, p := range world.Pods() {
+		pods[p.Namespace]++
 		if p.Enrolled {
-			enrolled++
+			enrolled[p.Namespace]++
 		}
 	}
-	if got := len(world.Pods()); got != 209 || enrolled != 206 {
-		t.Errorf("%d pods, %d in the mesh, want 209 and 206", got, enrolled)
+	// Clients of direct, and servers; clients of three legs, the servers of
+	// two; clients of two legs and servers of either.
+	want := map[string]int{plainNamespace: 3 + 5 + 3, meshNamespace: 3 + 5 + 3 + 3 + 200, otherNamespace: 3 + 5 + 3 + 3, knownNamespace: known}
+	if diff := cmp.Diff(want, pods); diff != "" {
+		t.Errorf("pods (-want +got):\n%s", diff)
+	}
+	delete(want, plainNamespace)
+	if diff := cmp.Diff(want, enrolled); diff != "" {
+		t.Errorf("pods in the mesh (-want +got):\n%s", diff)
+	}
+	if got := len(world.Services()); got != known {
+		t.Errorf("%d services, want %d", got, known)
 	}
 }
 
 func TestRowsSelectTrials(t *testing.T) {
+	const short = "stream-1-up stream-1-down stream-8-up stream-8-down rps-8 rps-64 rps-512 new-conns new-conns-p99 cpu-per-request stall-bytes " +
+		"rss-after-load rss-at-rest bytes-per-idle-pod fair-p99 bytes-per-idle-conn"
 	for _, tt := range []struct {
 		rows string
 		want string
 	}{
-		{".", "stream-1-up stream-1-down stream-8-up stream-8-down rps-8 rps-64 new-conns cpu-per-request rss rss-at-rest bytes-per-idle-pod"},
+		{"", short},
+		{".", short + " idle-7 pods-1 services-10-rps idle-pods-9-bytes"},
 		{"stream-1", "stream-1-up stream-1-down"},
 		{"^p99$", "cpu-per-request"},
+		{"^open-5$", "bytes-per-idle-conn"},
+		{"^services-8-new", "services-10-rps"},
+		{"^pods-20$", "pods-1"},
 		{"nothing", ""},
 	} {
+		var rows *regexp.Regexp
+		if tt.rows != "" {
+			rows = regexp.MustCompile(tt.rows)
+		}
 		var names []string
-		for _, trial := range selected(allTrials(), regexp.MustCompile(tt.rows)) {
+		for _, trial := range selected(allTrials(options{Conns: 5, Pods: 3, Idle: 7, IdlePods: 9, Spread: 100, Services: 8}), rows) {
 			names = append(names, trial.name())
 		}
 		if got := strings.Join(names, " "); got != tt.want {
@@ -108,13 +136,47 @@ func TestRowsSelectTrials(t *testing.T) {
 	}
 }
 
+// A goal that names no row or leg would never be judged, and nobody would see.
+func TestGoalsNameRowsAndLegs(t *testing.T) {
+	defaults, err := parse(nil, io.Discard)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows, legs := map[string]bool{}, map[string]bool{"": true}
+	for _, trial := range allTrials(defaults.options) {
+		for _, r := range trial.rows {
+			if rows[r.name] {
+				t.Errorf("two rows are called %s", r.name)
+			}
+			rows[r.name] = true
+		}
+	}
+	for _, l := range allLegs() {
+		legs[l.name] = true
+	}
+	seen := map[goal]bool{}
+	for _, g := range goals {
+		if !rows[g.row] || !legs[g.leg] || g.leg == "" || !legs[g.to] {
+			t.Errorf("goal %+v: no such row or leg", g)
+		}
+		if (g.least > 0) == (g.most > 0) {
+			t.Errorf("goal %+v: want either the least or the most", g)
+		}
+		same := goal{leg: g.leg, row: g.row, to: g.to}
+		if seen[same] {
+			t.Errorf("goal %+v: there are two", same)
+		}
+		seen[same] = true
+	}
+}
+
 func TestCommandLineIsBounded(t *testing.T) {
-	for _, args := range []string{"-rounds 0", "-seconds 0", "-seconds NaN", "-seconds 1000", "-conns 0", "-conns 1000000", "-pods 1000", "-rows (", "-legs (", "more", "-unknown"} {
+	for _, args := range []string{"-rounds 0", "-seconds 0", "-seconds NaN", "-seconds 1000", "-conns 0", "-conns 1000000", "-pods 1000", "-idle 0", "-idle-for 2h", "-idle-for -1s", "-idle-pods 1001", "-spread 0", "-services 100000", "-rows (", "-legs (", "more", "-unknown"} {
 		if _, err := parse(strings.Fields(args), io.Discard); err == nil {
 			t.Errorf("parse(%s) = nil, want an error", args)
 		}
 	}
-	if c, err := parse(nil, io.Discard); err != nil || c.Rounds != 3 || c.Conns != 3000 {
+	if c, err := parse(nil, io.Discard); err != nil || c.Rounds != 3 || c.Conns != 12_000 || c.Rows != nil {
 		t.Errorf("parse() = %+v, %v, want the defaults", c, err)
 	}
 }

@@ -41,7 +41,7 @@ func (r *report) writeJSON(path string) error {
 	return writeWhole(path, append(text, '\n'))
 }
 
-// markdown prints the table, what is missing of it, and the floors.
+// markdown prints the table, what is missing of it, and the goals.
 func (r *report) markdown(w io.Writer) {
 	for _, line := range r.head {
 		fmt.Fprintln(w, line)
@@ -73,7 +73,7 @@ func (r *report) markdown(w io.Writer) {
 			fmt.Fprintf(w, "\n%s is n/a: %s\n", l.name, l.missing)
 		}
 	}
-	r.floors(w)
+	r.goals(w)
 }
 
 func cell(f figure, ok bool) string {
@@ -88,25 +88,6 @@ func cell(f figure, ok bool) string {
 		text += fmt.Sprintf(" o%.2f", *f.ToOther)
 	}
 	return text
-}
-
-// floors prints which floors were reached, of those that were measured.
-func (r *report) floors(w io.Writer) {
-	heading := "\nFloors, as ratio to " + legDirect + ":\n"
-	for _, fl := range floors {
-		for _, row := range r.rows {
-			f, ok := r.figures.of(row, fl.leg)
-			if row.name != fl.row || !ok || f.ToDirect == nil {
-				continue
-			}
-			verdict := "reached"
-			if *f.ToDirect < fl.ratio {
-				verdict = "MISSED"
-			}
-			fmt.Fprintf(w, "%s- %s %s: %.2f, asked %.2f: %s\n", heading, fl.leg, fl.row, *f.ToDirect, fl.ratio, verdict)
-			heading = ""
-		}
-	}
 }
 
 // number prints three digits or more, never an exponent.

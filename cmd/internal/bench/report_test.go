@@ -41,9 +41,9 @@ Median (least to greatest of the rounds), x ratio to direct in the same round.
 
 kernel-redirect is n/a: iptables is not there
 
-Floors, as ratio to direct:
-- ztun-hbone stream-1-up: 0.20, asked 0.18: reached
-- ztun-plain stream-1-up: 0.25, asked 0.35: MISSED
+Goals:
+- ztun-hbone stream-1-up: 0.20 x direct, asked >= 0.18: reached
+- ztun-plain stream-1-up: 0.25 x direct, asked >= 0.35: MISSED
 `
 	var got strings.Builder
 	sample().markdown(&got)
@@ -125,30 +125,39 @@ func TestRivalsAreLegs(t *testing.T) {
 	}
 }
 
+// Goals are a ratio in the same round or a value, from below or from above.
+func TestGoalsAreJudged(t *testing.T) {
+	f := newFigures(2)
+	for round, slow := range []float64{1, 4} {
+		f.set("rps-8", legHBONE, round, 100/slow)
+		f.set("rps-8", legOther, round, 100/slow)
+		f.set("p99", legHBONE, round, 100*slow)
+		f.set("p99", legOther, round, 110*slow)
+		f.set("stall-bytes", legHBONE, round, 4)
+		f.set("pods-ratio", legHBONE, round, 0.85)
+		f.set("rps-64", legHBONE, round, 1) // Nothing to compare with.
+	}
+	r := &report{legs: allLegs(), figures: f, rows: []row{
+		{name: "rps-8", unit: "1/s"}, {name: "rps-64", unit: "1/s"}, {name: "p99", unit: "us"}, {name: "stall-bytes", unit: "MiB"}, {name: "pods-ratio", unit: "x", alone: true},
+	}}
+	want := `
+Goals:
+- ztun-hbone rps-8: 1.00 x other, asked >= 1.10: MISSED
+- ztun-hbone p99: 0.91 x other, asked <= 1.00: reached
+- ztun-hbone stall-bytes: 4.00 MiB, asked <= 3.00: MISSED
+- ztun-hbone pods-ratio: 0.85 x, asked >= 0.85: reached
+`
+	var got strings.Builder
+	r.goals(&got)
+	if diff := cmp.Diff(want, got.String()); diff != "" {
+		t.Errorf("goals (-want +got):\n%s", diff)
+	}
+}
+
 func TestNumber(t *testing.T) {
 	for v, want := range map[float64]string{0.123: "0.12", 9.994: "9.99", 12.34: "12.3", 123.4: "123", 31234.5: "31234", -33010: "-33010"} {
 		if got := number(v); got != want {
 			t.Errorf("number(%v) = %s, want %s", v, got, want)
-		}
-	}
-}
-
-func TestFloorsNameRowsAndLegs(t *testing.T) {
-	rows, legs := map[string]bool{}, map[string]bool{}
-	for _, trial := range allTrials() {
-		for _, r := range trial.rows {
-			if rows[r.name] {
-				t.Errorf("two rows are called %s", r.name)
-			}
-			rows[r.name] = true
-		}
-	}
-	for _, l := range allLegs() {
-		legs[l.name] = true
-	}
-	for _, f := range floors {
-		if !rows[f.row] || !legs[f.leg] {
-			t.Errorf("floor of %s, %s: there is no such place", f.row, f.leg)
 		}
 	}
 }

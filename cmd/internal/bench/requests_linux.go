@@ -18,7 +18,7 @@ const (
 	// but no longer than they were sent.
 	drainTimeout = 3 * time.Second
 	// maxConns and maxWindow bound an order.
-	maxConns  = 20_000
+	maxConns  = 200_000
 	maxWindow = 10 * time.Minute
 )
 
@@ -41,9 +41,15 @@ func runRequests(o order) (*load, error) {
 	for i := range threads {
 		all.Go(func() {
 			d := &driver{
-				fresh: o.Fresh, target: netip.AddrPortFrom(o.Addr.Addr(), portHTTP),
-				conns: make([]conn, share(o.Conns, threads, i)),
-				warm:  o.Warm, end: o.Warm + o.For,
+				fresh: o.Fresh, target: netip.AddrPortFrom(o.Addr.Addr(), portHTTP), conns: make([]conn, share(o.Conns, threads, i)), inFlight: share(o.InFlight, threads, i),
+				warm: o.Warm, end: o.Warm + o.For,
+			}
+			for j := range d.conns {
+				c := &d.conns[j]
+				c.index = int32(j)
+				if len(o.From) > 0 {
+					c.netns = o.From[(i+j*threads)%len(o.From)]
+				}
 			}
 			if o.Rate > 0 {
 				d.interval = time.Second * time.Duration(threads) / time.Duration(o.Rate)
@@ -72,22 +78,25 @@ type driver struct {
 	// Set before run, read-only after.
 	fresh            bool // A connection for each request.
 	target           netip.AddrPort
+	inFlight         int           // So many requests at once; 0: one on each connection.
 	interval, offset time.Duration // Between two requests; 0: as fast as it goes.
 	warm, end        time.Duration // When requests begin to count, and no more are sent.
 
 	epoll, timer int
 	began        time.Time
 	conns        []conn
+	opened       int // Connections that open has begun with.
 	connected    int
 	ticks        int
 	due          []time.Duration // When requests were to be sent that wait for a connection.
-	free         []*conn         // Connections without a request, where requests wait for their time.
+	free         []*conn         // Connections without a request, where requests wait for their time or turn.
 	result       load
 }
 
 // A conn is a connection with at most one request in flight.
 type conn struct {
 	index int32
+	netns string // Where it is made, by path. Empty: here.
 	fd    int
 	state connState
 	due   time.Duration
@@ -119,9 +128,6 @@ func (d *driver) run() (*load, error) {
 	defer unix.Close(d.epoll)
 	defer d.closeAll()
 	d.began = time.Now()
-	for i := range d.conns {
-		d.conns[i].index = int32(i)
-	}
 	if !d.fresh {
 		if err := d.open(); err != nil {
 			return nil, err
@@ -138,10 +144,14 @@ func (d *driver) run() (*load, error) {
 	return &d.result, nil
 }
 
-// open connects all connections.
+// open connects all connections, as many at once as requests will be in flight.
 func (d *driver) open() error {
-	for i := range d.conns {
-		if err := d.connect(&d.conns[i]); err != nil {
+	first := len(d.conns)
+	if d.inFlight > 0 {
+		first = min(first, d.inFlight)
+	}
+	for range first {
+		if err := d.openNext(); err != nil {
 			return err
 		}
 	}
@@ -154,12 +164,23 @@ func (d *driver) open() error {
 	return nil
 }
 
+// openNext begins to connect the next connection, if there is one.
+func (d *driver) openNext() error {
+	if d.opened == len(d.conns) {
+		return nil
+	}
+	d.opened++
+	return d.connect(&d.conns[d.opened-1])
+}
+
 // start sends the first requests, or winds up the clock that does.
 func (d *driver) start() error {
 	d.began = time.Now()
 	if d.interval == 0 {
 		for i := range d.conns {
-			if err := d.begin(&d.conns[i], 0); err != nil {
+			if d.inFlight > 0 && i >= d.inFlight {
+				d.free = append(d.free, &d.conns[i])
+			} else if err := d.begin(&d.conns[i], 0); err != nil {
 				return err
 			}
 		}

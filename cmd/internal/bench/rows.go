@@ -9,7 +9,7 @@ type row struct {
 	alone bool
 }
 
-// The names of legs that others are compared with, or that have floors.
+// The names of legs that others are compared with, or that have goals.
 const (
 	legDirect   = "direct"
 	legRedirect = "kernel-redirect"
@@ -26,21 +26,4 @@ var rivals = map[string]string{
 	legPlain:    legOther,
 	legHBONE:    legOther,
 	legSameNode: legOtherSameNode,
-}
-
-// A floor is the least ratio to the direct leg that is asked for.
-type floor struct {
-	leg, row string
-	ratio    float64
-}
-
-// floors are those of this stage of the project.
-var floors = []floor{
-	{legHBONE, "stream-1-up", 0.18},
-	{legHBONE, "stream-1-down", 0.18},
-	{legHBONE, "rps-8", 0.18},
-	{legHBONE, "rps-64", 0.30},
-	{legHBONE, "new-conns", 0.18},
-	{legPlain, "stream-1-up", 0.35},
-	{legPlain, "stream-1-down", 0.35},
 }

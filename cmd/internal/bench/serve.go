@@ -13,7 +13,7 @@ import (
 const body = "sixty-four bytes of an answer, as small as answers usually are.\n"
 
 // serve is the server of a pod: an ordinary HTTP server of Go's library, as
-// an app would have it, and one for streams.
+// an app would have it, one for streams, and one that never reads.
 func (w *worker) serve() error {
 	requests, err := net.Listen("tcp4", fmt.Sprintf(":%d", portHTTP))
 	if err != nil {
@@ -24,8 +24,15 @@ func (w *worker) serve() error {
 		requests.Close()
 		return fmt.Errorf("bench: %w", err)
 	}
+	stalled, err := net.Listen("tcp4", fmt.Sprintf(":%d", portStall))
+	if err != nil {
+		requests.Close()
+		bulk.Close()
+		return fmt.Errorf("bench: %w", err)
+	}
 	go serveHTTP(requests)
 	go w.streams.serve(bulk)
+	go stallReader(stalled)
 	return nil
 }
 

@@ -13,10 +13,24 @@ type trial struct {
 	rows []row
 	// measure returns values by row.
 	measure func(ctx context.Context, b *bench, l *leg) (map[string]float64, error)
+	// parts are measured in its place, one right after the other on each leg:
+	// what is compared within a leg. Each has a profile of its own.
+	parts []trial
 	// load trials are worth a profile; the others kill proxies.
 	load bool
+	// long trials take minutes, and are measured only where rows are named.
+	long bool
 	// only is the leg that it makes sense for. Empty: all.
 	only string
+	// shared trials are about a proxy that several pods share: the bench's own
+	// has one.
+	shared bool
+	// stage is what it needs in the lab. Trials next to each other may share
+	// one. Nil: nothing.
+	stage *stage
+	// settings are made one after the other in each round, back and forth;
+	// all legs are measured in each, and all values count. Nil: there is one.
+	settings []func(ctx context.Context, b *bench) error
 	// adjust changes the values of a round, by leg and row, once all legs
 	// have been measured. May be nil.
 	adjust func(values map[string]map[string]float64)
@@ -24,10 +38,22 @@ type trial struct {
 
 func (t trial) name() string { return t.rows[0].name }
 
-func (t trial) skips(l *leg) bool { return t.only != "" && t.only != l.name }
+// split returns the parts, or the trial as its only one.
+func (t trial) split() []trial {
+	if t.parts == nil {
+		return []trial{t}
+	}
+	return t.parts
+}
 
-// allTrials are in the order of measurement: memory last, after load.
-func allTrials() []trial {
+func (t trial) skips(l *leg) bool {
+	return t.only != "" && t.only != l.name || t.shared && l.redirects()
+}
+
+// allTrials are in the order of measurement: memory after load, and last what
+// changes the lab.
+func allTrials(o options) []trial {
+	beside := &stage{clients: o.Beside, servers: o.Beside}
 	return []trial{
 		streamTrial("stream-1-up", 1, false),
 		streamTrial("stream-1-down", 1, true),
@@ -35,17 +61,30 @@ func allTrials() []trial {
 		streamTrial("stream-8-down", 8, true),
 		requestTrial("rps-8", order{Conns: 8}),
 		requestTrial("rps-64", order{Conns: 64}),
+		requestTrial("rps-512", order{Conns: 512}),
 		requestTrial("new-conns", order{Conns: 8, Fresh: true}),
+		freshPacedTrial(),
 		pacedTrial(),
+		stallTrial(),
 		rssTrial(),
-		idleConnsTrial(),
-		idlePodsTrial(),
+		restTrial(),
+		idlePodsTrial(o.Pods),
+		fairTrial(beside),
+		idleConnsTrial(o.Conns, beside),
+		idleManyTrial(o.Idle, beside),
+		podsTrial(o.Spread),
+		servicesTrial(o.Services),
+		manyIdlePodsTrial(o.IdlePods),
 	}
 }
 
-// selected returns the trials that fill a row which matches.
+// selected returns the trials that fill a row which matches; without an
+// expression, those that do not take long.
 func selected(trials []trial, rows *regexp.Regexp) []trial {
 	return slices.DeleteFunc(trials, func(t trial) bool {
+		if rows == nil {
+			return t.long
+		}
 		return !slices.ContainsFunc(t.rows, func(r row) bool { return rows.MatchString(r.name) })
 	})
 }
@@ -101,8 +140,14 @@ func sleep(ctx context.Context, d time.Duration) error {
 
 // requests runs requests on a leg.
 func (b *bench) requests(ctx context.Context, l *leg, o order) (*load, error) {
-	o.Do, o.Addr, o.Warm, o.For = "requests", b.server(l), warmup, b.Window
-	a, err := b.agents[l.client.key()].ask(ctx, o, o.Warm+o.For+2*connectTimeout)
+	o.Addr = b.server(l)
+	return b.requestsOf(ctx, b.agents[l.client.key()], o)
+}
+
+// requestsOf makes an agent run requests.
+func (b *bench) requestsOf(ctx context.Context, client *agent, o order) (*load, error) {
+	o.Do, o.Warm, o.For = "requests", warmup, b.Window
+	a, err := client.ask(ctx, o, o.Warm+o.For+2*connectTimeout)
 	if err != nil {
 		return nil, err
 	}
@@ -123,17 +168,34 @@ func requestTrial(name string, o order) trial {
 		if err != nil {
 			return nil, err
 		}
-		return map[string]float64{name: float64(got.Done) / got.Window.Seconds()}, nil
+		return map[string]float64{name: got.rate()}, nil
 	}}
 }
+
+// freshRate is that of new connections at a fixed rate, a second.
+const freshRate = 300
+
+// freshPacedTrial measures how long a new connection and its one request take.
+func freshPacedTrial() trial {
+	const p99 = "new-conns-p99"
+	return trial{rows: []row{{name: p99, unit: "us"}}, load: true, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
+		got, err := b.requests(ctx, l, order{Conns: 64, Fresh: true, Rate: freshRate})
+		if err != nil {
+			return nil, err
+		}
+		return map[string]float64{p99: micros(got.Latency.quantile(0.99))}, nil
+	}}
+}
+
+func micros(d time.Duration) float64 { return float64(d) / 1e3 }
 
 // pacedRate is that of the rows at a fixed rate, requests a second.
 const pacedRate = 2000
 
 // pacedTrial measures what requests at a fixed rate cost, and how long they take.
 func pacedTrial() trial {
-	const cpu, p50, p99 = "cpu-per-request", "p50", "p99"
-	rows := []row{{name: cpu, unit: "us", alone: true}, {name: p50, unit: "us"}, {name: p99, unit: "us"}}
+	const cpu, p50, p99, p999 = "cpu-per-request", "p50", "p99", "p999"
+	rows := []row{{name: cpu, unit: "us", alone: true}, {name: p50, unit: "us"}, {name: p99, unit: "us"}, {name: p999, unit: "us"}}
 	return trial{rows: rows, load: true, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
 		pids, err := b.pids(ctx, l)
 		if err != nil {
@@ -151,11 +213,24 @@ func pacedTrial() trial {
 		if err != nil {
 			return nil, err
 		}
-		micros := func(d time.Duration) float64 { return float64(d) / 1e3 }
-		values := map[string]float64{p50: micros(got.Latency.quantile(0.5)), p99: micros(got.Latency.quantile(0.99))}
+		values := map[string]float64{
+			p50: micros(got.Latency.quantile(0.5)), p99: micros(got.Latency.quantile(0.99)), p999: micros(got.Latency.quantile(0.999)),
+		}
 		if len(pids) > 0 {
 			values[cpu] = micros(after.cpu-before.cpu) / float64(got.Total)
 		}
 		return values, nil
+	}}
+}
+
+// stallTrial measures what a sender gets rid of whose reader never reads.
+func stallTrial() trial {
+	const bytes = "stall-bytes"
+	return trial{rows: []row{{name: bytes, unit: "MiB"}}, load: true, measure: func(ctx context.Context, b *bench, l *leg) (map[string]float64, error) {
+		a, err := b.agents[l.client.key()].ask(ctx, order{Do: "stall", Addr: b.server(l)}, stallPatience+3*connectTimeout)
+		if err != nil {
+			return nil, err
+		}
+		return map[string]float64{bytes: float64(a.Bytes) / mebi}, nil
 	}}
 }

@@ -15,8 +15,9 @@ import (
 
 // usage is what a process has used.
 type usage struct {
-	CPU time.Duration `json:"cpu"` // Of all its threads, also those that have ended.
-	RSS uint64        `json:"rss"` // In bytes.
+	CPU     time.Duration `json:"cpu"` // Of all its threads, also those that have ended.
+	RSS     uint64        `json:"rss"` // In bytes.
+	Threads int           `json:"threads"`
 }
 
 // measureUsage looks at processes of this PID namespace, and at the machine.
@@ -32,7 +33,11 @@ func measureUsage(o order) (answer, error) {
 		if err != nil {
 			return answer{}, fmt.Errorf("bench: memory of process %d: %w", pid, err)
 		}
-		a.Usage = append(a.Usage, usage{CPU: cpu, RSS: rss})
+		threads, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+		if err != nil {
+			return answer{}, fmt.Errorf("bench: threads of process %d: %w", pid, err)
+		}
+		a.Usage = append(a.Usage, usage{CPU: cpu, RSS: rss, Threads: len(threads)})
 	}
 	if !o.Machine {
 		return a, nil
