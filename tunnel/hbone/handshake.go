@@ -63,8 +63,12 @@ type HandshakesConfig struct {
 	Timeout time.Duration // of each, from its start; 10 s
 }
 
+// keepWorkers is how many goroutines stay for the next handshake. Each has a
+// stack that its last one has grown to 16 KiB and more; the others end.
+const keepWorkers = 16
+
 // NewHandshakes returns a runner that starts its goroutines as they are needed
-// and keeps them until Close.
+// and keeps a few until Close.
 func NewHandshakes(cfg HandshakesConfig) *Handshakes {
 	if cfg.Workers <= 0 {
 		cfg.Workers = 1024
@@ -155,12 +159,17 @@ func (h *Handshakes) submit(s *handshake) error {
 	}
 }
 
-// work runs handshakes, first s, until Close.
+// work runs handshakes, first s, until there are enough others or Close.
 func (h *Handshakes) work(s *handshake) {
 	for {
 		s.run()
 		h.mu.Lock()
 		delete(h.running, s)
+		if h.idle >= keepWorkers && len(h.jobs) == 0 {
+			h.workers--
+			h.mu.Unlock()
+			return
+		}
 		h.idle++
 		h.mu.Unlock()
 		select {

@@ -11,7 +11,9 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/netip"
+	"runtime"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -346,6 +348,51 @@ func TestHandshakesCloseFailsWhatRuns(t *testing.T) {
 		for range 4 {
 			if err := <-errs; !errors.Is(err, hbone.ErrClosed) {
 				t.Errorf("err = %v, want ErrClosed", err)
+			}
+		}
+	})
+}
+
+// After a burst a few goroutines are left, with the stacks they have grown.
+func TestHandshakesLeaveFewGoroutines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		loop := splicetest.NewLoop()
+		defer loop.Close()
+		shakes := hbone.NewHandshakes(hbone.HandshakesConfig{})
+		defer shakes.Close()
+		cert := certstest.New().Issue(idA)
+		workers := func() int {
+			synctest.Wait()
+			b := make([]byte, 4<<20)
+			return strings.Count(string(b[:runtime.Stack(b, true)]), "hbone.(*Handshakes).work(")
+		}
+		const burst = 100
+		for round := range 2 {
+			errs := make(chan error, burst)
+			var wires []net.Conn
+			for range burst {
+				wire, end := newWire(t, loop, 64<<10)
+				wires = append(wires, wire)
+				loop.Do(func() {
+					shakes.Start(loop, end, hbone.AsClient, cert.ClientTLS(nil), addrA, addrB, func(_ *hbone.TLS, err error) { errs <- err })
+				})
+			}
+			if n := workers(); n != burst {
+				t.Errorf("round %d: %d goroutines for %d handshakes", round, n, burst)
+			}
+			for _, w := range wires {
+				_, _ = w.Write([]byte("this is not TLS"))
+			}
+			for range burst {
+				if err := <-errs; err == nil {
+					t.Error("a handshake with nobody succeeded")
+				}
+			}
+			if n := workers(); n > 20 || n == 0 {
+				t.Errorf("round %d: %d goroutines are left", round, n)
+			}
+			for _, w := range wires {
+				_ = w.Close()
 			}
 		}
 	})
