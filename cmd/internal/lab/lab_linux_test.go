@@ -276,23 +276,39 @@ func TestStatusOfManyServices(t *testing.T) {
 	}
 }
 
-// What a pod knows of its node is not forgotten when the machine has more
-// neighbours than the kernel wants to know, and stays right when pods are added.
-func TestPodsKnowTheirNode(t *testing.T) {
+// What pods and their node know of each other is not forgotten when the machine
+// has more neighbours than the kernel wants to know, and stays right when pods
+// are added.
+func TestPodsAndTheirNodeKnowEachOther(t *testing.T) {
+	const pods = 6
 	var text strings.Builder
-	for i := range 6 {
+	for i := range pods {
 		fmt.Fprintf(&text, "---\n{apiVersion: v1, kind: Pod, metadata: {name: p%d}, spec: {containers: [{name: c, command: [sleep, '1000']}]}}\n", i)
 	}
 	l := start(t, Options{Files: map[string]string{"pods.yaml": text.String()}})
-	link, _ := run(t, l, "node/"+defaultNode, "ip", "-o", "link", "show", "cni0")
-	_, mac, _ := strings.Cut(link, "link/ether ")
-	mac, _, _ = strings.Cut(mac, " ")
-	want := gateways(0)[0].String() + " dev eth0 lladdr " + mac + " "
-	for i := range 6 {
-		out, _ := run(t, l, fmt.Sprintf("p%d", i), "ip", "neigh", "show", "nud", "permanent")
-		if mac == "" || !strings.Contains(out, want) {
-			t.Errorf("p%d knows %q, want %q", i, out, want)
+	mac := func(target, link string) string {
+		out, _ := run(t, l, target, "ip", "-o", "link", "show", link)
+		_, mac, _ := strings.Cut(out, "link/ether ")
+		mac, _, _ = strings.Cut(mac, " ")
+		return mac
+	}
+	knows := func(target, address, mac string) {
+		out, _ := run(t, l, target, "ip", "neigh", "show", "nud", "permanent")
+		if mac == "" || !strings.Contains(out, address+" dev ") || !strings.Contains(out, " lladdr "+mac+" ") {
+			t.Errorf("%s knows %q, want %s at %s", target, out, address, mac)
 		}
+	}
+	status, err := l.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := "node/" + defaultNode
+	for _, p := range status.Pods {
+		knows(p.Name, gateways(0)[0].String(), mac(node, "cni0"))
+		knows(node, p.Addresses[0].String(), mac(p.Name, "eth0"))
+	}
+	if len(status.Pods) != pods {
+		t.Errorf("%d pods, want %d", len(status.Pods), pods)
 	}
 }
 

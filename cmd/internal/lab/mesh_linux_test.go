@@ -191,6 +191,10 @@ func TestRemovedPodLeavesNoPortAndNoAddress(t *testing.T) {
 	before := strings.Count(ports(), "\n")
 	m.write(whole[:start] + whole[end:])
 	netnstest.Eventually(t, "pod and port are gone", func() bool { return strings.Count(ports(), "\n") == before-1 })
+	netnstest.Eventually(t, "the node has forgotten the pod", func() bool {
+		known, _ := run(t, m.Lab, "node/node-a", "ip", "neigh", "show", address.String())
+		return known == ""
+	})
 	m.write(whole)
 	netnstest.Eventually(t, "the pod is back", func() bool {
 		status, err := m.Status(t.Context())

@@ -122,13 +122,13 @@ func (n *network) addPod(name string, nodeSpace *space, node, pod int) (*space, 
 	if err != nil {
 		return nil, err
 	}
-	c := cable{bridgeSide: nodeSpace, bridge: "cni0", port: fmt.Sprintf("p%d", pod), far: s, gateways: gateways(node)}
+	c := cable{bridgeSide: nodeSpace, bridge: "cni0", port: portName(pod), far: s, gateways: gateways(node)}
 	for i, p := range podSubnets(node) {
 		c.prefixes = append(c.prefixes, netip.PrefixFrom(addrs[i], p.Bits()))
 	}
 	err = n.join(c)
 	if err == nil {
-		err = n.introduce(s, nodeSpace, node)
+		err = n.introduce(s, nodeSpace, node, addrs)
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.close())
@@ -136,11 +136,11 @@ func (n *network) addPod(name string, nodeSpace *space, node, pod int) (*space, 
 	return s, nil
 }
 
-// introduce tells a pod its node's hardware address, for good. The kernel bounds
-// what all namespaces of the machine learn together, to some 1,000 neighbours:
-// with hundreds of pods it forgets some that are in use.
-func (n *network) introduce(pod, nodeSpace *space, node int) error {
-	var bridge netlink.Link
+// introduce tells a pod and its node each other's hardware addresses, for good.
+// The kernel bounds what all namespaces of the machine learn together, to some
+// 1,000 neighbours: with hundreds of pods it forgets some that are in use.
+func (n *network) introduce(pod, nodeSpace *space, node int, addrs []netip.Addr) error {
+	var bridge, eth0 netlink.Link
 	err := nodeSpace.link(func(h *netlink.Handle) (err error) {
 		bridge, err = h.LinkByName("cni0")
 		return err
@@ -148,23 +148,67 @@ func (n *network) introduce(pod, nodeSpace *space, node int) error {
 	if err != nil {
 		return err
 	}
-	return pod.link(func(h *netlink.Handle) error {
-		eth0, err := h.LinkByName("eth0")
+	err = pod.link(func(h *netlink.Handle) (err error) {
+		if eth0, err = h.LinkByName("eth0"); err != nil {
+			return err
+		}
+		return n.addNeighbours(h, eth0, gateways(node), bridge.Attrs().HardwareAddr)
+	})
+	if err != nil {
+		return err
+	}
+	return nodeSpace.link(func(h *netlink.Handle) error {
+		return n.addNeighbours(h, bridge, addrs, eth0.Attrs().HardwareAddr)
+	})
+}
+
+func (n *network) addNeighbours(h *netlink.Handle, link netlink.Link, addrs []netip.Addr, at net.HardwareAddr) error {
+	for _, a := range addrs {
+		if a.Is6() && !n.ipv6 {
+			continue
+		}
+		neigh := &netlink.Neigh{LinkIndex: link.Attrs().Index, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: at}
+		if err := h.NeighSet(neigh); err != nil {
+			return fmt.Errorf("add neighbour %s: %w", a, err)
+		}
+	}
+	return nil
+}
+
+// removePod takes away what a node has of a pod whose namespace is given up:
+// the next one of that place has another hardware address.
+func (n *network) removePod(nodeSpace *space, node, pod int) error {
+	addrs, err := podAddrs(node, pod)
+	if err != nil {
+		return err
+	}
+	return nodeSpace.link(func(h *netlink.Handle) error {
+		bridge, err := h.LinkByName("cni0")
 		if err != nil {
 			return err
 		}
-		for _, gw := range gateways(node) {
-			if gw.Is6() && !n.ipv6 {
+		for _, a := range addrs {
+			if a.Is6() && !n.ipv6 {
 				continue
 			}
-			neigh := &netlink.Neigh{LinkIndex: eth0.Attrs().Index, State: netlink.NUD_PERMANENT, IP: gw.AsSlice(), HardwareAddr: bridge.Attrs().HardwareAddr}
-			if err := h.NeighSet(neigh); err != nil {
-				return fmt.Errorf("add neighbour %s: %w", gw, err)
+			err := h.NeighDel(&netlink.Neigh{LinkIndex: bridge.Attrs().Index, IP: a.AsSlice()})
+			if err != nil && !errors.Is(err, unix.ENOENT) {
+				return fmt.Errorf("forget neighbour %s: %w", a, err)
 			}
 		}
-		return nil
+		port, err := h.LinkByName(portName(pod))
+		if err != nil {
+			return nil // It went with the namespace.
+		}
+		if err := h.LinkDel(port); !errors.Is(err, unix.ENODEV) {
+			return err
+		}
+		return nil // As above, just now.
 	})
 }
+
+// portName is the port of a node's bridge that its n-th pod is at.
+func portName(pod int) string { return fmt.Sprintf("p%d", pod) }
 
 // A cable joins a bridge to a far namespace, as its eth0.
 type cable struct {

@@ -15,7 +15,6 @@ import (
 	"sync/atomic"
 	"syscall"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
@@ -389,16 +388,7 @@ func (s *supervisor) removePod(ctx context.Context, p *pod) error {
 	defer cancel()
 	err := p.node.feed.remove(limited, p.uid)
 	if p.space != p.node.space {
-		err = errors.Join(err, p.space.close(), p.node.space.link(func(h *netlink.Handle) error {
-			port, err := h.LinkByName(fmt.Sprintf("p%d", p.index))
-			if err != nil {
-				return nil // It went with the namespace.
-			}
-			if err := h.LinkDel(port); !errors.Is(err, unix.ENODEV) {
-				return err
-			}
-			return nil // As above, just now.
-		}))
+		err = errors.Join(err, p.space.close(), s.network.removePod(p.node.space, p.node.index, p.index))
 	}
 	return err
 }
