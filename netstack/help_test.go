@@ -68,17 +68,13 @@ func TestAReaderHelpsAnother(t *testing.T) {
 		}
 		return tid
 	}
-	for _, n := range []int{1, helpMost} {
-		// A signal may wake b for a moment: then it does its work itself.
-		for end := time.Now().Add(patience); on(n) != onA; {
+	// A signal may wake b for a moment, and b may find no CPU: not each time is
+	// as it should be.
+	for n, want := range map[int]int{1: onA, helpMost: onA, helpMost + 1: onB, 1000: onB} {
+		for end := time.Now().Add(patience); on(n) != want; {
 			if time.Now().After(end) {
-				t.Fatalf("%d functions never ran on thread %d, only on b's, %d", n, onA, onB)
+				t.Fatalf("%d functions never ran on thread %d (a's is %d, b's %d)", n, want, onA, onB)
 			}
-		}
-	}
-	for _, n := range []int{helpMost + 1, 1000} {
-		if got := on(n); got != onB {
-			t.Errorf("%d functions ran on thread %d, want %d", n, got, onB)
 		}
 	}
 	// To itself, and to a loop of another kind.
@@ -87,6 +83,56 @@ func TestAReaderHelpsAnother(t *testing.T) {
 	if got := <-done; got != onA {
 		t.Errorf("its own ran on thread %d, want %d", got, onA)
 	}
+}
+
+// A reader that was woken and does not come finds its work done, and is not
+// woken again for a while.
+func TestAReaderTakesWorkBack(t *testing.T) {
+	a, b, onA, _ := twoReaders(t)
+	// A signal may wake b for a moment: then it does its work itself.
+	for end := time.Now().Add(patience); !takesBack(t, a, b, onA); {
+		if time.Now().After(end) {
+			t.Fatal("b always did its work itself")
+		}
+	}
+}
+
+// takesBack hands b more than helpMost functions in each of many passes. b's
+// thread sleeps but in the first pass seems to have been woken. It reports
+// whether a did all of the next passes, and woke nobody.
+func takesBack(t *testing.T, a, b *reader, onA int) bool {
+	untilAsleep(t, b)
+	const most = 2 * aloneFor
+	ran := make(chan [2]int, most*(helpMost+1))
+	pass, woken := 0, false
+	var next func()
+	next = func() {
+		if pass++; pass > most {
+			return
+		}
+		switch {
+		case pass == 1:
+			a.alone = 0
+			b.sleeping.Store(false)
+		case pass == 2:
+			b.sleeping.Store(true)
+		case pass < aloneFor:
+			woken = woken || !b.sleeping.Load()
+		}
+		now := pass
+		for range helpMost + 1 {
+			a.Hand(b, func() { ran <- [2]int{now, unix.Gettid()} })
+		}
+		a.AfterFunc(0, next) // in the next pass
+	}
+	a.Post(next)
+	taken := true
+	for range cap(ran) {
+		if got := <-ran; got[0] < aloneFor && got[1] != onA {
+			taken = false
+		}
+	}
+	return taken && !woken
 }
 
 // A deadline that was set while another thread ran the loop is kept, though

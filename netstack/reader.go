@@ -62,7 +62,9 @@ type reader struct {
 	now         time.Time // when the last wait ended
 	lastPacket  time.Time
 	until       time.Time // the deadline that the thread sleeps for
-	handed      []*reader // were given work by this pass
+	handed      []*reader // were given work and may not have done it
+	more        bool      // a device had more than its turn allowed
+	alone       int       // passes without waking others
 	acks        waitingACKs
 	locked      []*Flow // flows whose endpoint lock the batch holds
 	// What a Flow's Read and Write hand to gVisor; empty but during the call.
@@ -121,6 +123,7 @@ func (r *reader) run() {
 			return
 		}
 		r.timers.run(r.now)
+		r.more = false
 		for i := range n {
 			fd := int(r.events[i].Fd)
 			if fd == r.evfd {

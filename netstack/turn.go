@@ -19,8 +19,8 @@ const (
 
 // turn reads a batch from the device and handles it.
 func (s *Stack) turn() {
-	bytes := 0
-	for n := 0; n < turnPackets && bytes < turnBytes; n++ {
+	bytes, n := 0, 0
+	for ; n < turnPackets && bytes < turnBytes; n++ {
 		size, err := s.receive()
 		if err != nil {
 			s.failed(err)
@@ -34,6 +34,9 @@ func (s *Stack) turn() {
 	s.finishBatch()
 	if bytes > 0 {
 		s.reader.lastPacket = s.reader.now
+	}
+	if n == turnPackets || bytes >= turnBytes {
+		s.reader.more = true
 	}
 }
 
