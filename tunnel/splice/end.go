@@ -118,12 +118,11 @@ type Loop interface {
 	Scratch() []byte
 }
 
-// A Hander is a Loop that can give a little work to another without waking its
-// thread.
+// A Hander is a Loop that can give work to another without waking its thread.
 type Hander interface {
-	// Hand runs f on the other loop, in one order with what is posted to it; at
-	// the end of this loop's pass, perhaps on this loop's thread. It is called
-	// on the loop only, and f must not take long.
+	// Hand runs f on the other loop, in one order with what is posted to it: at
+	// the latest at the end of this loop's pass, and perhaps on this loop's
+	// thread. It is called on the loop only.
 	Hand(to Loop, f func())
 }
 

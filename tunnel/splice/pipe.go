@@ -65,22 +65,14 @@ var (
 	_ Failer   = (*PipeEnd)(nil)
 )
 
-// handMost is how many bytes the other loop is handed at once. For more its
-// thread is worth waking, so that both work.
-const handMost = 8 << 10
-
-// tell makes the peer's loop run ready; little says that what it will do is
-// little.
-func (e *PipeEnd) tell(little bool) {
-	p := e.peer
-	switch {
+// tell makes the peer's loop run ready.
+func (e *PipeEnd) tell() {
+	switch p := e.peer; {
 	case p.woken.Swap(true):
 	case e.alone:
 		p.loop.Soon(&p.task)
-	case little:
-		Hand(e.loop, p.loop, p.run)
 	default:
-		p.loop.Post(p.run)
+		Hand(e.loop, p.loop, p.run)
 	}
 }
 
@@ -115,7 +107,7 @@ func (e *PipeEnd) Commit(n int) {
 	c := e.room
 	e.room = nil
 	if e.out.commit(c, n) {
-		e.tell(n <= handMost)
+		e.tell()
 	}
 }
 
@@ -154,7 +146,7 @@ func (e *PipeEnd) CloseWrite() error {
 	if !e.wroteEnd {
 		e.wroteEnd = true
 		if e.out.end(laneEnded) {
-			e.tell(true)
+			e.tell()
 		}
 	}
 	return nil
@@ -181,7 +173,7 @@ func (e *PipeEnd) Peek() ([]byte, error) {
 // Discard implements Lender.
 func (e *PipeEnd) Discard(n int) {
 	if n > 0 && e.in.discard(n) {
-		e.tell(false)
+		e.tell()
 	}
 }
 
@@ -214,7 +206,7 @@ func (e *PipeEnd) Reset(error) {
 	e.over, e.ready = true, nil
 	e.in.abandon()
 	if e.out.end(laneReset) {
-		e.tell(true)
+		e.tell()
 	}
 }
 
