@@ -27,8 +27,8 @@ type options struct {
 	Settle time.Duration // How long memory may take to settle.
 	Conns  int           // Idle connections whose memory is measured.
 	Pods   int           // Idle pods whose memory is measured.
-	// Of the rows that take long: idle connections to be held and for how long,
-	// idle pods, pods that share a load, services.
+	// Of the rows that take long: idle connections, how long they are held and
+	// idle pods are watched, idle pods, pods that share a load, services.
 	Idle     int
 	IdleFor  time.Duration
 	IdlePods int

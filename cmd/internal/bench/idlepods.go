@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 )
 
 // idlePodsTrial adds pods to the mesh, on the client's node, and sees the
@@ -21,25 +20,22 @@ func idlePodsTrial(pods int) trial {
 	return trial{rows: []row{{name: each, unit: "B", alone: true}}, only: legHBONE, measure: measure}
 }
 
-// idleCPUFor is how long a proxy with nothing to do is watched.
-const idleCPUFor = 10 * time.Second
-
 // manyIdlePodsTrial sees what a proxy of many pods costs that does nothing.
 func manyIdlePodsTrial(pods int) trial {
 	name := fmt.Sprintf("idle-pods-%d", pods)
 	each, threads, cpu := name+"-bytes", name+"-threads", name+"-cpu"
-	rows := []row{{name: each, unit: "B", alone: true}, {name: threads, unit: "", alone: true}, {name: cpu, unit: "ms/s", alone: true}}
+	rows := []row{{name: each, unit: "B", alone: true}, {name: threads, unit: "threads", alone: true}, {name: cpu, unit: "ms/s", alone: true}}
 	measure := func(ctx context.Context, b *bench, l *leg) (values map[string]float64, err error) {
 		err = b.withIdlePods(ctx, l, pods, func(pid int, grown float64) error {
 			before, err := b.read(ctx, []int{pid}, false)
 			if err != nil {
 				return err
 			}
-			if err := sleep(ctx, idleCPUFor); err != nil {
+			if err := sleep(ctx, b.IdleFor); err != nil {
 				return err
 			}
 			after, err := b.read(ctx, []int{pid}, false)
-			used := (after.cpu - before.cpu).Seconds() * 1e3 / idleCPUFor.Seconds()
+			used := (after.cpu - before.cpu).Seconds() * 1e3 / b.IdleFor.Seconds()
 			values = map[string]float64{each: grown, threads: float64(after.threads), cpu: used}
 			return err
 		})

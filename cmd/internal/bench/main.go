@@ -78,7 +78,7 @@ func parse(args []string, errors io.Writer) (commandLine, error) {
 	flags.IntVar(&c.Conns, "conns", 12_000, "how many idle connections, for their memory")
 	flags.IntVar(&c.Pods, "pods", 32, "how many idle pods, for their memory")
 	flags.IntVar(&c.Idle, "idle", 50_000, "how many idle connections, for the row idle-N")
-	flags.DurationVar(&c.IdleFor, "idle-for", 10*time.Second, "how long those are held")
+	flags.DurationVar(&c.IdleFor, "idle-for", 10*time.Second, "how long those are held, and idle pods watched")
 	flags.IntVar(&c.IdlePods, "idle-pods", 1000, "how many idle pods, for the rows idle-pods-N")
 	flags.IntVar(&c.Spread, "spread", 250, "how many pods share a load, for the rows pods-N")
 	flags.IntVar(&c.Services, "services", 10_000, "how many services and workloads are known, for the rows services-N")
@@ -96,8 +96,8 @@ func parse(args []string, errors io.Writer) (commandLine, error) {
 		return c, fmt.Errorf("bench: -rounds %d: want 1 to 1000", c.Rounds)
 	case !(seconds >= 0.1 && seconds <= 300):
 		return c, fmt.Errorf("bench: -seconds %v: want 0.1 to 300", seconds)
-	case c.IdleFor < 0 || c.IdleFor > time.Hour:
-		return c, fmt.Errorf("bench: -idle-for %v: want at most 1h", c.IdleFor)
+	case c.IdleFor < time.Second || c.IdleFor > time.Hour:
+		return c, fmt.Errorf("bench: -idle-for %v: want 1s to 1h", c.IdleFor)
 	}
 	for _, count := range []struct {
 		flag            string

@@ -292,6 +292,37 @@ func TestClosedIdleConnectionsAreNotAlive(t *testing.T) {
 	}
 }
 
+// A lazyLab does nothing about the pods that are wanted, and says why.
+type lazyLab struct {
+	*wire
+	asked int
+	end   func() // Called when it has been asked three times.
+}
+
+func (l *lazyLab) Status(context.Context) (*lab.Status, error) {
+	if l.asked++; l.asked == 3 {
+		l.end()
+	}
+	status := l.status
+	status.Problem = "the bridge is full"
+	return &status, nil
+}
+
+func TestPodsThatDoNotComeAreNamed(t *testing.T) {
+	b := newWire(t)
+	if err := b.prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	b.site = &lazyLab{wire: b.site.(*wire), end: cancel}
+	pods := []*benchPod{b.legs[0].client, b.legs[0].more(clientEnd, 0), b.legs[0].more(clientEnd, 1)}
+	err := b.addPods(ctx, pods)
+	if err == nil || !strings.Contains(err.Error(), "2 of 3 pods have not come: the bridge is full") {
+		t.Errorf("addPods = %v, want how many have not come and why", err)
+	}
+}
+
 // The proxies are asked until they know all, and nothing else.
 func TestKnowWaitsForTheProxies(t *testing.T) {
 	b := newWire(t)

@@ -158,7 +158,8 @@ func (b *bench) awaitPods(ctx context.Context, pods []*benchPod, there bool) err
 			return nil
 		}
 		if err := sleep(ctx, 100*time.Millisecond+time.Duration(len(pods))*time.Millisecond/2); err != nil {
-			return fmt.Errorf("%w: %d of %d pods have not come or gone: %s", err, missed, len(pods), why)
+			done := map[bool]string{true: "come", false: "gone"}[there]
+			return fmt.Errorf("%w: %d of %d pods have not %s: %s", err, missed, len(pods), done, why)
 		}
 	}
 }
