@@ -16,21 +16,16 @@ func TestWindowGrowsWhateverIsReadAtOnce(t *testing.T) {
 		t.Fatal(err)
 	}
 	far := <-ch
-	stop := make(chan struct{})
-	defer close(stop)
-	go func() {
-		buf := make([]byte, 64<<10)
+	// The kernel's side always has more to send.
+	buf := make([]byte, 64<<10)
+	push := func() {
 		for {
-			select {
-			case <-stop:
+			if _, err := c.end.Write(buf); err != nil {
 				return
-			default:
-				if _, err := c.Write(buf); err != nil {
-					return
-				}
 			}
 		}
-	}()
+	}
+	c.loop.Post(func() { c.end.Notify(push) })
 	size := func() int64 { return do(r.proxy.Loop(), func() int64 { return far.end.(*Flow).size }) }
 	piece := make([]byte, 4<<10)
 	for end := time.Now().Add(patience); size() < maxBuffer; {

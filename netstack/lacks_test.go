@@ -1,10 +1,10 @@
 package netstack
 
 import (
-	"bytes"
 	"log/slog"
 	"net/netip"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/ztun/ztun/tun"
@@ -12,7 +12,7 @@ import (
 )
 
 func TestEachLackIsLoggedOnce(t *testing.T) {
-	var log bytes.Buffer
+	var log logged
 	e, err := New(Config{Readers: 2, Log: slog.New(slog.NewTextHandler(&log, nil))})
 	if err != nil {
 		t.Fatal(err)
@@ -35,4 +35,22 @@ func TestEachLackIsLoggedOnce(t *testing.T) {
 	if line := log.String(); !strings.Contains(line, tun.Offload.String()) || !strings.Contains(line, tun.Offload.Cost()) || !strings.Contains(line, "pod=ns/pod") {
 		t.Errorf("%q names feature, cost and pod?", line)
 	}
+}
+
+// logged is what was logged, by whichever goroutine.
+type logged struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (l *logged) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *logged) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
 }
