@@ -41,7 +41,9 @@
 // # Concurrency
 //
 // Handler methods, Request, Flow and Dial belong to the stack's Loop. Add,
-// Close and Loop.Post may be called from anywhere.
+// Close and Loop.Post may be called from anywhere. A loop runs on one thread at
+// a time: its reader's, or, while that sleeps, on another's that has work for it
+// (help.go).
 package netstack
 
 import (
