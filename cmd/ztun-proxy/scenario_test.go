@@ -315,11 +315,12 @@ func (n *node) wantNewConnection(why string) {
 func TestProxyLife(t *testing.T) {
 	bothPaths(t, func(t *testing.T, n *node) {
 		n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s", "AUTHZ_POLICY_INFO_LOGGING=true")
+		// Without both at hand the first connection takes the wire, which waits.
+		eventually(t, "both certificates are there", func() bool { return strings.Count(n.log.String(), "certificate fetched") == 2 })
 		live := n.connect()
 		n.wantEcho("a connection", live)
-		if line := "\tinfo\tstate\tno allow policies, allow\twl=\"default/pb\" src.addr=10.1.0.11:"; !strings.Contains(n.log.String(), line) {
-			t.Errorf("no decision of the policies was logged as %q", line)
-		}
+		line := "\tinfo\tstate\tno allow policies, allow\twl=\"default/pb\" src.addr=10.1.0.11:"
+		eventually(t, "a decision of the policies is logged as "+line, func() bool { return strings.Contains(n.log.String(), line) })
 
 		t.Run("no privileges", func(t *testing.T) {
 			if err := verifyPrivileges(fmt.Sprintf("/proc/%d/task", n.proxy.Process.Pid)); err != nil {
