@@ -39,9 +39,11 @@ const (
 	// statesFD takes a line with the status of every pod when one changed.
 	statesFD = 3
 	// statesEvery is how often that is looked at, at first and when something
-	// has changed; the longer nothing does, the seldomer, to statesAtLeast.
+	// has changed; the longer nothing does, the seldomer, to statesAtLeast, or
+	// what keeps the look at many pods to one part in statesShare of the time.
 	statesEvery   = 50 * time.Millisecond
 	statesAtLeast = 400 * time.Millisecond
+	statesShare   = 200
 	// detachTimeout bounds how long a pod's plumbing may take to go.
 	detachTimeout = 10 * time.Second
 )
@@ -129,13 +131,15 @@ func reportStates(ctx context.Context, a AttachSide, told <-chan struct{}) {
 	out := os.NewFile(statesFD, "states")
 	defer out.Close()
 	var last string
-	for wait := statesEvery; ; wait = min(2*wait, statesAtLeast) {
+	for wait, seldom := statesEvery, statesAtLeast; ; wait = min(2*wait, seldom) {
+		began := time.Now()
 		if text, err := json.Marshal(a.Status()); err == nil && string(text) != last {
 			last, wait = string(text), statesEvery
 			if _, err := fmt.Fprintln(out, last); err != nil {
 				return
 			}
 		}
+		seldom = max(statesAtLeast, statesShare*time.Since(began))
 		select {
 		case <-told:
 			wait = statesEvery / 2

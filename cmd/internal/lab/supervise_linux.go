@@ -198,12 +198,13 @@ func (s *supervisor) apply(ctx context.Context, next *spec) error {
 	for _, p := range next.pods {
 		wanted[p.key()] = p
 	}
-	var errs []error
+	var going []*pod
 	for key, have := range s.snapshotPods() {
 		if p := wanted[key]; p == nil || !have.runs(p) {
-			errs = append(errs, s.removePod(ctx, have))
+			going = append(going, have)
 		}
 	}
+	errs := s.removePods(ctx, going)
 	s.mu.Lock()
 	s.spec = next
 	for _, n := range s.nodes {
@@ -216,6 +217,24 @@ func (s *supervisor) apply(ctx context.Context, next *spec) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// removing is how many pods are removed at a time: each waits for its attach side.
+const removing = 16
+
+func (s *supervisor) removePods(ctx context.Context, pods []*pod) []error {
+	errs := make([]error, len(pods))
+	slots := make(chan struct{}, removing)
+	var all sync.WaitGroup
+	for i, p := range pods {
+		slots <- struct{}{}
+		all.Go(func() {
+			errs[i] = s.removePod(ctx, p)
+			<-slots
+		})
+	}
+	all.Wait()
+	return errs
 }
 
 // publish hands a spec to the control plane.
