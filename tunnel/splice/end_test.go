@@ -310,6 +310,15 @@ func (f lender) Discard(n int) {
 	f.read += n
 }
 
+// noPush is a Pusher that is not to push.
+type noPush struct{ *fake }
+
+func (f noPush) Push(sink func([]byte) int) {
+	if sink != nil {
+		f.t.Errorf("%s: is to push what it lends", f.name)
+	}
+}
+
 type failer struct{ *fake }
 
 func (f failer) Failure() error {
@@ -351,8 +360,9 @@ var kinds = []struct {
 			*fake
 			splice.Reserver
 			splice.Lender
+			splice.Pusher
 			splice.Failer
-		}{f, reserver{f}, lender{f}, failer{f}}
+		}{f, reserver{f}, lender{f}, noPush{f}, failer{f}}
 	}},
 	{"pusher", func(f *fake) splice.End {
 		return struct {

@@ -53,7 +53,7 @@ func (l *lane) reserve() (c *chunk, room []byte) {
 	if l.state != laneOpen {
 		return nil, nil
 	}
-	if c := l.back; c != nil && c.step >= l.step && c.tail <= len(c.data)*3/4 {
+	if c := l.back; c != nil && c.tail <= len(c.data)*3/4 {
 		l.filling = true
 		return c, c.data[c.tail:]
 	}
@@ -172,9 +172,6 @@ func (l *lane) discard(n int) (wake bool) {
 func (l *lane) end(s laneState) (wake bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.state == laneAbandoned {
-		return false
-	}
 	l.state = s
 	l.reset.Store(s == laneReset)
 	wake = l.wantData || s == laneReset

@@ -94,9 +94,6 @@ func (e *PipeEnd) Notify(ready func()) {
 
 // Reserve implements Reserver.
 func (e *PipeEnd) Reserve(max int) []byte {
-	if e.over || e.wroteEnd {
-		return nil
-	}
 	var p []byte
 	e.room, p = e.out.reserve()
 	return p[:min(max, len(p))]
@@ -172,7 +169,7 @@ func (e *PipeEnd) Peek() ([]byte, error) {
 
 // Discard implements Lender.
 func (e *PipeEnd) Discard(n int) {
-	if n > 0 && e.in.discard(n) {
+	if e.in.discard(n) {
 		e.tell()
 	}
 }
@@ -191,7 +188,7 @@ func (e *PipeEnd) Read(p []byte) (int, error) {
 // Failure implements Failer. It does not wait for what came before the reset
 // to be read.
 func (e *PipeEnd) Failure() error {
-	if !e.over && e.in.reset.Load() {
+	if e.in.reset.Load() {
 		return errPipeReset
 	}
 	return nil
