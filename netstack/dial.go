@@ -47,7 +47,11 @@ func (s *Stack) Dial(src, dst netip.AddrPort, timeout time.Duration, done func(s
 		})
 		return func() { cancelled = true }
 	}
-	size := s.newSize()
+	smallest := int64(minBuffer)
+	if dst.Port() == TunnelPort {
+		smallest = firstBuffer // as at its other end, see listener.take
+	}
+	size := s.newSize(smallest)
 	if size == 0 {
 		return fail(errLimit)
 	}
@@ -95,6 +99,7 @@ func (f *Flow) open(src, dst netip.AddrPort) error {
 	// of maps. Nobody else sees the endpoint yet.
 	f.ep.TransportEndpointInfo.ID.LocalAddress = tcpip.AddrFromSlice(own.Addr().AsSlice())
 	f.ep.TransportEndpointInfo.ID.LocalPort = own.Port()
+	f.ep.SocketOptions().SetReceiveBufferSize(f.size, false)
 	return nil
 }
 

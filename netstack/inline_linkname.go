@@ -99,15 +99,16 @@ func forgetHandshake(e *tcp.Endpoint) {
 }
 
 // answer sends the SYN-ACK for a SYN and returns the endpoint, which is
-// connecting. It is CreateEndpoint of gVisor's forwarder.go and accept.go, but
-// for the goroutine that would wait for the app's ACK.
-func (s *Stack) answer(id stack.TransportEndpointID, syn *stack.PacketBuffer, q *waiter.Queue) (*tcp.Endpoint, tcpip.Error) {
+// connecting and has a receive buffer of size bytes. It is CreateEndpoint of
+// gVisor's forwarder.go and accept.go, but for the goroutine that would wait for
+// the app's ACK.
+func (s *Stack) answer(id stack.TransportEndpointID, syn *stack.PacketBuffer, q *waiter.Queue, size int64) (*tcp.Endpoint, tcpip.Error) {
 	segment, err := newIncomingSegment(id, s.gv.Clock(), syn)
 	if err != nil {
 		return nil, &tcpip.ErrMalformedHeader{}
 	}
 	defer decRef(segment)
-	h, e := startHandshake(at(unsafe.Pointer(s.fwd), listenAt), segment, parseSynSegmentOptions(segment), q, nil)
+	h, e := startHandshake(at(unsafe.Pointer(s.forwarder(size)), listenAt), segment, parseSynSegmentOptions(segment), q, nil)
 	if e != nil {
 		return nil, e
 	}

@@ -3,6 +3,8 @@ package netstack
 import (
 	"sync/atomic"
 	"time"
+
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 )
 
 // Limits bound what one pod can make the node hold.
@@ -49,9 +51,10 @@ const (
 	maxBuffer       = 1 << 20
 	maxTunnelBuffer = 2 << 20
 	// firstBuffer is what a flow starts with while memory is plenty, and
-	// minBuffer what it gets at least.
+	// minBuffer what it gets at least. So the default budgets are enough for
+	// 20,480 flows of a pod and 81,920 of a node.
 	firstBuffer = 64 << 10
-	minBuffer   = 16 << 10
+	minBuffer   = 8 << 10
 )
 
 // left is what the pod may still reserve, in bytes.
@@ -61,19 +64,41 @@ func (s *Stack) left() int64 {
 }
 
 // reserve takes the buffer capacity of one more flow out of the pod's and the
-// process's budget: the less is left, the less a flow starts with. It returns
-// the bytes for one direction, or 0 when there is no room.
-func (s *Stack) reserve() int64 {
-	left := s.left()
-	size := int64(firstBuffer)
-	for size > minBuffer && left < s.limits.Memory/(2*firstBuffer)*size {
-		size /= 2
+// process's budget: the less is left, the less a flow starts with, down to
+// smallest. It returns the bytes for one direction, or 0 when there is no room.
+func (s *Stack) reserve(smallest int64) int64 {
+	e := s.reader.engine
+	for size := int64(firstBuffer); size >= smallest; size /= 2 {
+		last := size == smallest
+		if affords(s.limits.Memory, s.reserved, size, last) && affords(e.cfg.Memory, e.reserved.Load(), size, last) {
+			s.take(2 * size)
+			return size
+		}
 	}
-	if 2*size > left {
-		return 0
+	return 0
+}
+
+// affords says that a flow may start with size: while half of the budget is
+// left with firstBuffer, while a quarter is with half as much, and so on to the
+// last.
+func affords(budget, reserved, size int64, last bool) bool {
+	left := budget - reserved
+	return left >= 2*size && (last || left >= budget/(2*firstBuffer)*size)
+}
+
+// forwarder returns the gVisor forwarder that answers SYNs for flows of that size.
+// The window of the SYN-ACK must be the buffer's already: one that shrinks
+// afterwards makes the peer's segments, and the ACKs in them, unacceptable, and
+// two stacks that do it to each other never get on.
+func (s *Stack) forwarder(size int64) *tcp.Forwarder {
+	i := 0
+	for n := int64(firstBuffer); n > size; n /= 2 {
+		i++
 	}
-	s.take(2 * size)
-	return size
+	if s.fwds[i] == nil {
+		s.fwds[i] = tcp.NewForwarder(s.gv, int(size), 1, nil)
+	}
+	return s.fwds[i]
 }
 
 // take moves n bytes, which may be negative, out of the budgets.

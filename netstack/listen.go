@@ -76,7 +76,7 @@ func (l *listener) woken() {
 
 func (l *listener) take(ep *tcp.Endpoint, wq *waiter.Queue, remote netip.AddrPort) {
 	s := l.stack
-	size := s.newSize()
+	size := s.newSize(firstBuffer) // what the SYN-ACK's window was for
 	if size == 0 {
 		ep.Abort()
 		return

@@ -185,7 +185,7 @@ func (r *Request) Accept(done func(splice.End, error)) {
 		s.reader.Post(func() { done(nil, syscall.ECONNABORTED) })
 		return
 	}
-	size := s.newSize()
+	size := s.newSize(minBuffer)
 	if size == 0 {
 		r.Refuse(RefuseReset)
 		s.reader.Post(func() { done(nil, errLimit) })
@@ -194,7 +194,7 @@ func (r *Request) Accept(done func(splice.End, error)) {
 	r.over = true
 	r.stop()
 	f := s.newFlow(r.Src(), r.Dst(), size)
-	ep, err := s.answer(r.id, r.pkt, &f.wq)
+	ep, err := s.answer(r.id, r.pkt, &f.wq, size)
 	r.pkt.DecRef()
 	r.pkt = nil
 	ended := func(end splice.End, err error) {
@@ -210,8 +210,9 @@ func (r *Request) Accept(done func(splice.End, error)) {
 	f.begin("accept", handshakeTimeout, ended)
 }
 
-// newSize takes a share of the budgets for one more flow, or returns 0.
-func (s *Stack) newSize() int64 {
+// newSize takes a share of the budgets for one more flow, with buffers of smallest
+// bytes at least, or returns 0.
+func (s *Stack) newSize(smallest int64) int64 {
 	if s.closed {
 		return 0
 	}
@@ -219,7 +220,7 @@ func (s *Stack) newSize() int64 {
 		s.counters.limitConnections.Add(1)
 		return 0
 	}
-	size := s.reserve()
+	size := s.reserve(smallest)
 	if size == 0 {
 		s.counters.limitConnections.Add(1)
 	}

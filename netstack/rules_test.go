@@ -255,6 +255,32 @@ func TestBudgetIsNeverExceeded(t *testing.T) {
 	}
 }
 
+// A pod may have as many flows as Limits.Connections says, and a node more than
+// 50,000, by the default budgets.
+func TestBudgetsAreEnoughForIdleFlows(t *testing.T) {
+	r := newRig(t, StackConfig{})
+	fill := func(s *Stack, most int) int {
+		return do(s.Loop(), func() (n int) {
+			for n < most && s.reserve(minBuffer) > 0 {
+				n++
+			}
+			return n
+		})
+	}
+	if n := fill(r.proxy, 1e6); n < r.proxy.limits.Connections {
+		t.Errorf("%d flows fit into a pod's budget, want %d", n, r.proxy.limits.Connections)
+	}
+	for range 5 { // more pods
+		do(r.proxy.Loop(), func() int { r.proxy.reserved = 0; return 0 })
+		if n := fill(r.proxy, 10_000); n < 10_000 {
+			t.Errorf("%d flows fit into one of five pods", n)
+		}
+	}
+	if left := r.engine.cfg.Memory - r.engine.reserved.Load(); left < 0 {
+		t.Errorf("the budget of the node is exceeded by %d bytes", -left)
+	}
+}
+
 func TestConnectionsLeaveNothingBehind(t *testing.T) {
 	r := newRig(t, StackConfig{})
 	on(r.proxy, r.onProxy, func(h *hooks) { h.tcp = acceptEcho })

@@ -33,13 +33,13 @@ type Stack struct {
 	dev     *tun.Device
 	gv      *stack.Stack
 	link    *link
-	fwd     *tcp.Forwarder
 	addrs   [][16]byte
 	icmp    []*icmpSocket
 
 	counters counters
 
 	// Owned by the loop.
+	fwds      [4]*tcp.Forwarder // see forwarder
 	flows     map[tuple]*Flow
 	pending   map[tuple]*Request
 	perSource map[[16]byte]int
@@ -100,7 +100,6 @@ func (s *Stack) configure() error {
 			return fmt.Errorf("netstack: option %T: %s", o, err)
 		}
 	}
-	s.fwd = tcp.NewForwarder(s.gv, firstBuffer, 1, nil) // for answer
 	s.gv.SetTransportProtocolHandler(tcp.ProtocolNumber, s.handleSegment)
 	if err := s.gv.CreateNICWithOptions(nicID, s.link, stack.NICOptions{QDisc: s.link}); err != nil {
 		return fmt.Errorf("netstack: interface: %s", err)
