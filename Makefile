@@ -15,7 +15,7 @@ LEGS    ?= .
 NOBODY  := setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/nonexistent
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test ci race fuzz bench lint fmt-check vet staticcheck arch image needs demo-nobody clean
+.PHONY: help build demo test ci race fuzz bench soak lint fmt-check vet staticcheck arch image needs demo-nobody clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +80,12 @@ bench: build ## measure beside the kernel alone: ROUNDS=3 ROWS=regexp LEGS=regex
 	$(GO) build -o $(BIN)/bench ./cmd/internal/bench
 	$(BIN)/bench -bin $(BIN) -json $(BIN)/bench.json -rounds $(ROUNDS) $(if $(ROWS),-rows '$(ROWS)') -legs '$(LEGS)' -seconds $(SECONDS) \
 		$(if $(OTHER),-other '$(subst ','\'',$(OTHER))') $(if $(PROFILE),-profile '$(PROFILE)')
+
+MINUTES ?= 20
+soak: ## a mixed load over bad networks: MINUTES=20 SEED=n ONLY=regexp of worlds and weathers
+	@mkdir -p $(BIN)
+	$(GO) test -c -o $(BIN)/soak.test ./cmd/internal/soak
+	nice -n 10 $(BIN)/soak.test -test.run '^TestSoak$$' -test.timeout 0 -minutes $(MINUTES) $(if $(SEED),-seed $(SEED)) $(if $(ONLY),-only '$(ONLY)')
 
 ci: export CI = true
 ci: lint arch ## what must hold before a change goes in; .ci/run calls this

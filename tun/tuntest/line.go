@@ -1,6 +1,7 @@
 package tuntest
 
 import (
+	"slices"
 	"time"
 
 	"github.com/ztun/ztun/tun"
@@ -193,3 +194,46 @@ func (l *line) due() (at time.Duration, ok bool) {
 	}
 	return at, ok
 }
+
+// A Line is one direction of a Wire without devices, for tests that keep time
+// themselves. Times are since any one moment. Not for use by several goroutines.
+type Line struct {
+	line    line
+	scratch []byte
+}
+
+// NewLine returns an empty line.
+func NewLine(seed uint64, p Path) *Line {
+	return &Line{line: line{seed: seed, path: p}, scratch: make([]byte, 0, tun.MaxPacket)}
+}
+
+// Set changes the path for the packets to come.
+func (l *Line) Set(p Path) { l.line.path = p }
+
+// Put sends a copy of a packet on its way.
+func (l *Line) Put(now time.Duration, h tun.Header, b []byte) {
+	put := func(p packet) {
+		p.b = slices.Clone(p.b)
+		l.line.put(now, p, slices.Clone)
+	}
+	if p := (packet{h, b}); !l.line.path.Cut {
+		put(p)
+	} else if !cut(p, l.scratch, put) {
+		l.line.stats.Refused++
+	}
+}
+
+// Next returns a packet that is through by now.
+func (l *Line) Next(now time.Duration) (h tun.Header, b []byte, ok bool) {
+	p, ok := l.line.next(now)
+	if ok {
+		l.line.stats.Carried++
+	}
+	return p.h, p.b, ok
+}
+
+// Due is when Next has a packet, if none is put before.
+func (l *Line) Due() (at time.Duration, ok bool) { return l.line.due() }
+
+// Stats counts what happened so far.
+func (l *Line) Stats() Stats { return l.line.stats }

@@ -16,6 +16,7 @@ var rows = map[string]float64{
 	"cmd/internal/arch":       4.9,
 	"cmd/internal/bench":      4.9,
 	"cmd/internal/meshtest":   4.9, // A mesh of real parts, for tests.
+	"cmd/internal/soak":       4.9, // A test; its program is the test's.
 	"cmd/internal/lab/demo":   4.8,
 	"cmd/internal/lab":        4.7,
 	"cmd/internal/proxy":      4.6,
