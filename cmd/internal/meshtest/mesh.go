@@ -43,6 +43,8 @@ type Mesh struct {
 	Log    *slog.Logger // of the engines of nodes made later; nil: none
 	// Readers is how many readers nodes made later have; 0 is 1.
 	Readers int
+	// TCP is that of nodes made later.
+	TCP netstack.TCP
 	// NoJoin leaves streams between pods of nodes made later to tunnels.
 	NoJoin bool
 	near   *Network // that of the Fabric
@@ -97,7 +99,7 @@ func (n *Node) start() {
 		n.neighbours = tunnel.NewNeighbours()
 	}
 	var err error
-	cfg := netstack.Config{Readers: n.readers}
+	cfg := netstack.Config{Readers: n.readers, TCP: n.mesh.TCP}
 	if n.mesh.Log != nil {
 		cfg.Log = n.mesh.Log.With("node", n.Name)
 	}
