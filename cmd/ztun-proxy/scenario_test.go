@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -127,6 +128,10 @@ func newNode(t *testing.T) *node {
 			t.Fatal(err)
 		}
 	}
+	// A proxy that comes before would be ready without them.
+	eventually(t, "both pods are attached", func() bool {
+		return !slices.ContainsFunc(n.agent.Status(), func(s agent.Status) bool { return s.Phase == agent.Attaching })
+	})
 	return n
 }
 
