@@ -413,10 +413,50 @@ func TestJoinAnswerCrossesTheSourcesEnd(t *testing.T) {
 			t.Errorf("%d live, %v", len(live), err)
 		}
 		a.last(tunnel.WorkloadGone)
+		b.last(tunnel.ClientReset) // not ClientGone: it was answered
 		if n := w.joins.Memory(); n != 0 {
 			t.Errorf("%d bytes of buffers are left", n)
 		}
 	})
+}
+
+// A visit that comes after the host has begun to leave is declined, and the
+// wire gives the answer.
+func TestJoinCrossesTheHostsEnd(t *testing.T) {
+	for name, c := range map[string]struct {
+		leave func(b *pod)
+		want  string
+	}{
+		"drain": {func(b *pod) { _ = b.Drain(context.Background()) }, "open"},
+		"close": {func(b *pod) { b.Close() }, "no route to host"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inJoined(t, func(w *world) {
+				if !w.path.apart {
+					return // the host's loop is the source's
+				}
+				a, b := pair(w)
+				b.serve(80, echoes)
+				goOn := make(chan struct{})
+				b.loop.Post(func() { <-goOn })
+				left := make(chan struct{})
+				go func() { defer close(left); c.leave(b) }()
+				synctest.Wait()
+				client := a.dial("10.0.0.2:80")
+				synctest.Wait()
+				close(goOn)
+				synctest.Wait()
+				client.want("", c.want)
+				a.Close()
+				<-left
+				for _, r := range a.records.closed {
+					if r.SameNode {
+						t.Error("joined with who leaves")
+					}
+				}
+			})
+		})
+	}
 }
 
 // An idle connection in memory holds no buffer, a stalled one a bounded amount.
