@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/ztun/ztun/tunnel"
+	"github.com/ztun/ztun/tunnel/identity"
 	"github.com/ztun/ztun/xds/securityapi"
 	"github.com/ztun/ztun/xds/workloadapi"
 )
@@ -515,6 +516,28 @@ func TestDrainLeavesNewToTheNextAndWaitsForTheRest(t *testing.T) {
 		defer cancel()
 		a.call("192.0.2.1:80")
 		if err := a.Drain(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A connection that waited for its workload when the drain began is left to the
+// next proxy too.
+func TestDrainLeavesWhatWaitedToTheNext(t *testing.T) {
+	inWorld(t, func(w *world) {
+		b := w.pod("b", "10.0.0.2")
+		b.serve(80, echoes)
+		a := w.start("a", "10.0.0.1")
+		w.certs.Prefetch(identity.MustParse("spiffe://cluster.local/ns/default/sa/a"))
+		c := a.call("10.0.0.2:80")
+		drained := make(chan error, 1)
+		go func() { drained <- a.Drain(context.Background()) }()
+		synctest.Wait()
+		w.put(a.workload)
+		synctest.Wait()
+		c.want("", "connection timed out")
+		a.last(tunnel.Draining)
+		if err := <-drained; err != nil {
 			t.Error(err)
 		}
 	})
