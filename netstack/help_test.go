@@ -197,6 +197,87 @@ func TestAHelpedReaderFinishesItsWork(t *testing.T) {
 	}
 }
 
+// Much to do of its own: the other is woken, however little it is.
+func TestABusyReaderWakesTheOther(t *testing.T) {
+	a, b, _, onB := twoReaders(t)
+	for name, busy := range map[string]func(){
+		"a device has more": func() { a.more = true },
+		"a function waits":  func() { a.Post(func() {}) },
+	} {
+		untilAsleep(t, b)
+		ran, woken := make(chan int, 1), make(chan bool, 1)
+		// At the end of the pass, after its last round.
+		last := splice.Task{Run: func() {
+			a.alone = 0
+			a.Hand(b, func() { ran <- unix.Gettid() })
+			a.AfterFunc(0, func() { woken <- !b.sleeping.Load() }) // in the next pass
+			busy()
+		}}
+		a.Post(func() { a.Last(&last) })
+		// If b does not come soon a takes the work back.
+		if w := <-woken; <-ran != onB && !w {
+			t.Errorf("%s: b was not woken", name)
+		}
+	}
+}
+
+// Somebody runs the other's loop and may be done with it: it is woken.
+func TestHandToALoopThatIsRun(t *testing.T) {
+	a, b, _, _ := twoReaders(t)
+	untilAsleep(t, b)
+	b.turns.Lock()
+	handed, ran := make(chan struct{}), make(chan struct{})
+	a.Post(func() { a.Hand(b, func() { close(ran) }) })
+	a.Post(func() { a.AfterFunc(0, func() { close(handed) }) }) // in the next pass
+	<-handed
+	b.turns.Unlock()
+	select {
+	case <-ran:
+	case <-time.After(patience):
+		t.Fatal("what was handed is lost")
+	}
+}
+
+// Helped work may hand on, and may start goroutines: they are in the queue of the
+// thread that helped.
+func TestAHelpedReaderHandsOn(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(5, runtime.GOMAXPROCS(0))))
+	e, err := New(Config{Readers: 3})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	a, b, c := e.readers[0], e.readers[1], e.readers[2]
+	onA := thread(a)
+	for end := time.Now().Add(patience); ; {
+		untilAsleep(t, b)
+		untilAsleep(t, c)
+		helped, started, ran := false, make(chan bool, 1), make(chan struct{})
+		a.Post(func() {
+			a.Hand(b, func() {
+				helped = unix.Gettid() == onA
+				b.started = true
+				b.Hand(c, func() { close(ran) })
+			})
+			a.AfterFunc(0, func() { a.Hand(b, func() { started <- b.started }) })
+		})
+		select {
+		case <-ran:
+		case <-time.After(patience):
+			t.Fatal("what was handed on is lost")
+		}
+		if still := <-started; helped {
+			if still {
+				t.Error("b is to yield for what runs elsewhere")
+			}
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatal("b was never helped")
+		}
+	}
+}
+
 // Everything that is handed or posted runs once, in order, and never two things
 // of one loop at a time.
 func TestHandsBetweenBusyReaders(t *testing.T) {
