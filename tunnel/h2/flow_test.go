@@ -122,7 +122,7 @@ func TestMaxFrameSizeOfPeer(t *testing.T) {
 		tc.fr.WriteWindowUpdate(0, 1<<20)
 		tc.fr.WriteWindowUpdate(1, 1<<20)
 		s.write(strings.Repeat("x", 100000))
-		tc.want("larger", "SETTINGS ACK", "DATA 1 len=64000", "DATA 1 len=36000")
+		tc.want("larger", "SETTINGS ACK", "DATA 1 len=65277", "DATA 1 len=34723")
 	})
 }
 

@@ -40,7 +40,9 @@ type Stream struct {
 	windowBlocked bool  // a write found send used up
 	waiting       bool  // in Conn.out.waiters
 	turn          uint64
-	spent, grant  int // bytes queued in that turn, and still set aside for it
+	spent, grant  int  // bytes queued in that turn, and still set aside for it
+	offered       int  // the room that Reserve gave last
+	full          bool // all of it was used: there is probably more to come
 }
 
 var (

@@ -19,7 +19,7 @@ const (
 	// super-segment of 45 MSS, for either IP version with timestamps. Several
 	// busy streams have the same: a packet costs as much as the bytes in it, and
 	// with half of it 8 streams took half as much CPU again for a byte.
-	bulkFrame = 64000
+	bulkFrame = 65374 - frameHeadLen - 4*22
 
 	// flushAt is when pending output is written without waiting for the end
 	// of the pass.
@@ -129,7 +129,8 @@ func (c *Conn) wakeWriters() {
 	n := min(len(o.waiters), room/minShare)
 	for _, s := range o.waiters[:n] {
 		s.waiting = false
-		s.turn, s.spent, s.grant = o.turn, 0, room/n
+		// Whole frames: a small one behind a large one costs as much.
+		s.turn, s.spent, s.grant = o.turn, 0, room/n/bulkFrame*bulkFrame
 		o.granted += s.grant
 		s.poke()
 	}
@@ -177,6 +178,8 @@ func (s *Stream) mayWrite(want int) int {
 		limit = min(limit, s.grant)
 	case room <= 0:
 		limit = 0
+	case len(c.out.waiters) > 0 && s.full:
+		limit = 0
 	case len(c.out.waiters) > 0:
 		limit = min(limit, overtake-s.spent)
 	}
@@ -210,6 +213,7 @@ func (s *Stream) Reserve(max int) []byte {
 	}
 	c.room(frameHeadLen + n)
 	c.out.reserved, c.out.reservedAt, s.reserved = s, len(c.out.buf), true
+	s.offered = n
 	at := len(c.out.buf) + frameHeadLen
 	return c.out.buf[at : at+n : at+n]
 }
@@ -222,6 +226,7 @@ func (s *Stream) Commit(n int) {
 		return
 	}
 	s.reserved = false
+	s.full = n == s.offered && n >= overtake
 	if n <= 0 || c.state != stateOpen || s.err != nil {
 		if len(o.buf) == 0 {
 			c.dropOutput()

@@ -36,12 +36,15 @@ type flow struct {
 	closed     bool    // dst was told
 }
 
-// move moves up to limit bytes, and reports whether only limit stopped it.
+// move moves up to limit bytes, and reports whether only limit stopped it. It
+// leaves the last quarter to the next turn rather than move a piece of less: a
+// small packet behind each few large ones costs as much as a large one.
 func (j *Join) move(f *flow, limit int) (moved int, more bool) {
+	enough := limit - limit/4
 	for j.err == nil && !f.closed {
 		switch {
 		case f.tail > f.head:
-			if moved == limit {
+			if moved >= limit {
 				return moved, true
 			}
 			n := j.write(f, limit-moved)
@@ -53,7 +56,7 @@ func (j *Join) move(f *flow, limit int) (moved int, more bool) {
 			f.release()
 			j.closeWrite(f)
 			return moved, false
-		case moved == limit:
+		case moved >= limit || moved > enough:
 			f.release()
 			return moved, true
 		case f.lender != nil:
