@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"encoding/binary"
+	"sync/atomic"
 	"time"
 
 	"gvisor.dev/gvisor/pkg/tcpip/header"
@@ -16,6 +17,8 @@ import (
 //   - that of more than a segment until the reader has nothing else to do, but
 //     no longer than maxUnacked bytes or ackDelay. Then it also tells the
 //     window that is open once the data was read, and no other has to;
+//   - so does the news that a window is open again. gVisor tells it at the first
+//     segment's worth that was read, and the peer sends that little;
 //   - that of one small segment, a request, until its answer carries it, but no
 //     longer than ackDelay: two packets in and two out per request, from 2.5 and
 //     3.4, and the peer is woken once, not twice.
@@ -58,10 +61,11 @@ type answerACK struct {
 
 // ackState is what a flow remembers of its ACKs.
 type ackState struct {
-	number uint32 // that waits, if one does
-	answer uint32 // serial among those that wait for an answer; 0: none
-	soon   bool   // among those that go soon
-	quick  uint8  // ACKs that must not wait for an answer
+	number uint32      // that waits, if one does
+	answer uint32      // serial among those that wait for an answer; 0: none
+	soon   bool        // among those that go soon
+	quick  uint8       // ACKs that must not wait for an answer
+	window atomic.Bool // the news that waits is of the window, which every packet tells
 }
 
 func (a *ackState) waits() bool { return a.soon || a.answer != 0 }
@@ -95,6 +99,20 @@ func (f *Flow) holds(pkt *stack.PacketBuffer, h header.TCP) bool {
 	return true
 }
 
+// holdsUpdate reports that pkt, which f's Read made gVisor send, only tells of a
+// window, and waits.
+func (f *Flow) holdsUpdate(pkt *stack.PacketBuffer, h header.TCP) bool {
+	w := &f.stack.reader.acks
+	if pkt.Data().Size() > 0 || h.Flags() != header.TCPFlagAck || pkt.Size() > maxPureACK ||
+		h.AckNumber()-f.acked.Load() > w.limit || f.ep.EndpointState() != tcp.StateEstablished {
+		return false
+	}
+	w.addSoon(f)
+	f.ack.number = h.AckNumber()
+	f.ack.window.Store(true)
+	return true
+}
+
 func (w *waitingACKs) addSoon(f *Flow) {
 	f.ack.answer = 0
 	if f.ack.soon {
@@ -117,7 +135,7 @@ func (w *waitingACKs) addAnswer(f *Flow) {
 
 // carried forgets the ACK of f that waits if what left since says as much.
 func (f *Flow) carried() {
-	if f.ack.waits() && int32(f.acked.Load()-f.ack.number) >= 0 {
+	if f.ack.waits() && int32(f.acked.Load()-f.ack.number) >= 0 && !f.ack.window.Load() {
 		f.ack.answer = 0
 		f.ack.soon = false // It stays in the list.
 	}
@@ -204,10 +222,11 @@ func (l *link) waits(pkt *stack.PacketBuffer) bool {
 	if len(h) < tcpHeaderMin || !f.sends(pkt.NetworkHeader().Slice(), h) {
 		return false
 	}
-	if locked && f.holds(pkt, h) {
+	if locked && f.holds(pkt, h) || f.reading && f.holdsUpdate(pkt, h) {
 		return true
 	}
 	f.acked.Store(h.AckNumber())
+	f.ack.window.Store(false)
 	return false
 }
 

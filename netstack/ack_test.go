@@ -1,6 +1,7 @@
 package netstack
 
 import (
+	"encoding/binary"
 	"net/netip"
 	"testing"
 	"time"
@@ -203,5 +204,38 @@ func TestVoidACKsAreForgotten(t *testing.T) {
 	f.ack.answer = 0
 	if _, ok := w.next(time.Time{}); ok || len(w.answer) != 0 {
 		t.Errorf("%d ACKs are kept, want none", len(w.answer))
+	}
+}
+
+// A window that was closed is told of when all that can be read was read, not
+// at the first segment's worth of it.
+func TestOpenedWindowIsToldOnce(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	r.delay(time.Hour)
+	window := func() uint16 {
+		b, _ := r.read()
+		return binary.BigEndian.Uint16(tcpOf(b)[14:])
+	}
+	open := uint16(0)
+	for open = 1; open > 0; {
+		r.send(2000)
+		if open = window(); r.seq > 1<<20 {
+			t.Fatal("the window never closed")
+		}
+	}
+	do(r.stack.Loop(), func() int {
+		n := 0
+		for buf := make([]byte, 1000); ; {
+			m, err := r.call.end.Read(buf)
+			if n += m; err != nil {
+				return n
+			}
+		}
+	})
+	r.sync()
+	first := window()
+	r.wantNothing("after the opened window")
+	if first < 10_000 {
+		t.Errorf("the window opens with %d bytes after 1,000 and more were read at once, want all of it", first)
 	}
 }

@@ -41,6 +41,7 @@ type Flow struct {
 	over              bool // Close or Reset was called
 	released          bool // no longer counts
 	ack               ackState
+	reading           bool  // the loop is in gVisor's Read
 	burst             int64 // bytes read since there was nothing to read
 	moved             int64 // bytes read or written since the buffers last grew
 }
@@ -141,7 +142,9 @@ func (f *Flow) Read(p []byte) (int, error) {
 	sink := &f.stack.reader.sink
 	*sink = p
 	f.stack.link.writing.Store(f) // It may tell that the window is open again.
+	f.reading = true
 	res, err := f.ep.Read(sink, tcpip.ReadOptions{})
+	f.reading = false
 	f.stack.link.writing.Store(nil)
 	f.carried()
 	*sink = nil
