@@ -19,18 +19,24 @@ import (
 //     window that is open once the data was read, and no other has to;
 //   - so does the news that a window is open again. gVisor tells it at the first
 //     segment's worth that was read, and the peer sends that little;
-//   - that of one small segment, a request, until its answer carries it, but no
-//     longer than ackDelay: two packets in and two out per request, from 2.5 and
-//     3.4, and the peer is woken once, not twice.
+//   - that of one small segment until data carries it: two packets in and two
+//     out per request, from 2.5 and 3.4, and the peer is woken once, not twice. A
+//     request's is carried by its answer, within ackDelay or not at all. An
+//     answer's is carried by the next request, so it waits for turnDelay, as in
+//     Linux, while the two take turns that fast.
 //
-// What keeps the second from harming an app that sends in small pieces and
+// What keeps the last from harming an app that sends in small pieces and
 // waits for each ACK (Nagle): only one such ACK waits, the next segment's stands
-// for both (RFC 9293 section 3.8.6.3 asks for every second segment), and after a
-// wait in vain the flow's next ACKs do not wait for an answer. An ACK that
+// for both (RFC 9293 section 3.8.6.3 asks for every second segment), after a
+// wait in vain the flow's next ACKs do not wait for an answer, and where the end
+// of a long wait brought more data at once none waits long again. An ACK that
 // repeats itself or carries SACK blocks never waits.
 const (
 	// ackDelay is how long an ACK waits, rounded up to a millisecond.
 	ackDelay = time.Millisecond
+	// turnDelay is how long the ACK of a small segment waits on a flow whose two
+	// sides have taken turns: TCP_DELACK_MIN of Linux in its pingpong mode.
+	turnDelay = 40 * time.Millisecond
 	// quickAcks is how many ACKs do not wait for an answer after one that
 	// waited in vain.
 	quickAcks = 8
@@ -48,9 +54,13 @@ type waitingACKs struct {
 
 	soon      []*Flow // go before the reader waits
 	soonSince time.Time
-	answer    []answerACK // wait for an answer, in the order in which they are due
+	answer    answerACKs // wait for an answer
+	turn      answerACKs // wait for the next request
 	serial    uint32
 }
+
+// answerACKs are in the order in which they are due.
+type answerACKs []answerACK
 
 // An answerACK is void once its flow waits with another, or none.
 type answerACK struct {
@@ -65,6 +75,10 @@ type ackState struct {
 	answer uint32      // serial among those that wait for an answer; 0: none
 	soon   bool        // among those that go soon
 	quick  uint8       // ACKs that must not wait for an answer
+	turns  bool        // both sides take turns: see turnDelay
+	pieces bool        // the other side sends in pieces, each when the last is acknowledged
+	heard  time.Time   // when data came in last
+	vain   time.Time   // when an ACK had waited for turnDelay in vain
 	window atomic.Bool // the news that waits is of the window, which every packet tells
 }
 
@@ -80,6 +94,7 @@ func (f *Flow) holds(pkt *stack.PacketBuffer, h header.TCP) bool {
 		fresh > w.limit || f.ep.EndpointState() != tcp.StateEstablished {
 		return false
 	}
+	f.hears()
 	switch {
 	case fresh == 0, f.ack.waits() && ack == f.ack.number:
 		// Something is missing, or came twice: "an ACK [...] SHOULD be sent
@@ -130,7 +145,33 @@ func (w *waitingACKs) addAnswer(f *Flow) {
 		w.serial = 1
 	}
 	f.ack.answer = w.serial
-	w.answer = append(w.answer, answerACK{flow: f, serial: w.serial, due: f.stack.reader.now.Add(w.delay)})
+	list, delay := &w.answer, w.delay
+	if f.ack.turns {
+		list, delay = &w.turn, max(w.delay, turnDelay)
+	}
+	*list = append(*list, answerACK{flow: f, serial: w.serial, due: f.stack.reader.now.Add(delay)})
+}
+
+// hears takes note that data came in. Where it came because the last was
+// acknowledged, after a long wait, none waits for a turn again.
+func (f *Flow) hears() {
+	now := f.stack.reader.now
+	f.ack.heard = now
+	if !f.ack.vain.IsZero() && now.Sub(f.ack.vain) < turnDelay/4 {
+		f.ack.pieces, f.ack.turns = true, false
+	}
+}
+
+// speaks takes note that f sends data: soon after the other side did, they
+// take turns, and its ACKs are worth to be carried.
+func (f *Flow) speaks() {
+	turns := f.stack.reader.now.Sub(f.ack.heard) < turnDelay && !f.ack.pieces
+	if turns != f.ack.turns {
+		f.ack.turns = turns
+		if turns {
+			f.ack.quick = 0
+		}
+	}
 }
 
 // carried forgets the ACK of f that waits if what left since says as much.
@@ -143,28 +184,38 @@ func (f *Flow) carried() {
 
 // next returns how long the first ACK that waits for an answer may still
 // wait, and false if there is none.
-func (w *waitingACKs) next(now time.Time) (time.Duration, bool) {
-	void := 0
-	for void < len(w.answer) && w.answer[void].isVoid() {
-		void++
+func (w *waitingACKs) next(now time.Time) (d time.Duration, ok bool) {
+	for _, list := range [...]*answerACKs{&w.answer, &w.turn} {
+		list.forgetVoid()
+		if len(*list) == 0 {
+			continue
+		}
+		if left := max(0, (*list)[0].due.Sub(now)); !ok || left < d {
+			d, ok = left, true
+		}
 	}
-	w.forget(void)
-	if len(w.answer) == 0 {
-		return 0, false
-	}
-	return max(0, w.answer[0].due.Sub(now)), true
+	return d, ok
 }
 
 func (a *answerACK) isVoid() bool { return a.flow.ack.answer != a.serial }
 
-// forget takes the first n that wait for an answer out of their list.
-func (w *waitingACKs) forget(n int) {
+// forgetVoid takes those at the head that wait no more out of the list.
+func (l *answerACKs) forgetVoid() {
+	void := 0
+	for void < len(*l) && (*l)[void].isVoid() {
+		void++
+	}
+	l.forget(void)
+}
+
+// forget takes the first n out of the list.
+func (l *answerACKs) forget(n int) {
 	if n == 0 {
 		return
 	}
-	rest := copy(w.answer, w.answer[n:])
-	clear(w.answer[rest:])
-	w.answer = w.answer[:rest]
+	rest := copy(*l, (*l)[n:])
+	clear((*l)[rest:])
+	*l = (*l)[:rest]
 }
 
 // sendDue sends what has waited long enough.
@@ -172,14 +223,19 @@ func (w *waitingACKs) sendDue(now time.Time) {
 	if len(w.soon) > 0 && now.Sub(w.soonSince) >= w.delay {
 		w.sendSoon()
 	}
-	sent := 0
-	for ; sent < len(w.answer) && !w.answer[sent].due.After(now); sent++ {
-		if a := &w.answer[sent]; !a.isVoid() {
-			a.flow.ack.answer, a.flow.ack.quick = 0, quickAcks
-			a.flow.sendACK()
+	for _, list := range [...]*answerACKs{&w.answer, &w.turn} {
+		sent := 0
+		for ; sent < len(*list) && !(*list)[sent].due.After(now); sent++ {
+			if a := &(*list)[sent]; !a.isVoid() {
+				a.flow.ack.answer, a.flow.ack.quick = 0, quickAcks
+				if a.flow.ack.turns {
+					a.flow.ack.turns, a.flow.ack.vain = false, now
+				}
+				a.flow.sendACK()
+			}
 		}
+		list.forget(sent)
 	}
-	w.forget(sent)
 }
 
 // sendSoon sends what goes before the reader waits.

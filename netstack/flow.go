@@ -175,6 +175,7 @@ func (f *Flow) Read(p []byte) (int, error) {
 func (f *Flow) Write(p []byte) (int, error) {
 	source := &f.stack.reader.source
 	defer source.Reset(nil)
+	f.speaks()
 	done := 0
 	for done < len(p) {
 		source.Reset(p[done:])
