@@ -54,6 +54,31 @@ func measureUsage(o order) (answer, error) {
 	return a, nil
 }
 
+// busyTime sums the CPU time of all processes that there are, kernel threads
+// included. /proc/stat would be quicker, but where it counts by ticks, work of
+// less than a tick that a timer began is counted wrong by any factor.
+func busyTime() (sum time.Duration, err error) {
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		return 0, fmt.Errorf("bench: CPU of the machine: %w", err)
+	}
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		t, err := cpuTime(pid)
+		if errors.Is(err, unix.EINVAL) {
+			continue // It has just ended.
+		}
+		if err != nil {
+			return 0, fmt.Errorf("bench: CPU of process %d: %w", pid, err)
+		}
+		sum += t
+	}
+	return sum, nil
+}
+
 // kernelMemory is what the kernel itself uses: sockets and all that belongs
 // to them are in its slabs. MemAvailable would say less: it moves by 100 MiB
 // and more with what other programs do, and with the free pages that each CPU
