@@ -28,7 +28,7 @@ type Config struct {
 
 	// AgentSocket is where the node agent listens. /var/run/ztunnel/ztunnel.sock
 	AgentSocket string
-	// Readers is how many threads read devices. 2
+	// Readers is how many threads read devices. 2, or as Load finds the machine
 	Readers int
 	// DrainDeadline is how long connections may go on after SIGTERM. 5s
 	DrainDeadline time.Duration

@@ -24,8 +24,10 @@ func (c cpus) total() int {
 	return c.host
 }
 
-// workers is ztunnel's rule for the number of its worker threads. setting is
-// ZTUNNEL_WORKER_THREADS, concurrency the mesh configuration's.
+// workers is ztunnel's rule for the number of its worker threads, but for two
+// CPUs or fewer: they are the apps' too, and a second reader then only brings
+// wake-ups between the two (a fifth of a request's CPU within a node). setting
+// is ZTUNNEL_WORKER_THREADS, concurrency the mesh configuration's.
 func workers(setting string, concurrency *int, c cpus) (int, error) {
 	if setting != "" {
 		return parseWorkers(setting, c.total())
@@ -37,6 +39,9 @@ func workers(setting string, concurrency *int, c cpus) (int, error) {
 		return max(c.total(), 1), nil
 	case c.limit > 0:
 		return max(c.limit, c.request, 1), nil
+	}
+	if c.total() <= 2 {
+		return max(c.request, 1), nil
 	}
 	return max((c.total()+3)/4, c.request, 2), nil
 }
