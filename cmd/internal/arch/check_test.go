@@ -29,7 +29,7 @@ func TestCheckNamesTheRuleThatIsBroken(t *testing.T) {
 		{"gvisor inside", goPackage{ImportPath: own("netstack"), Imports: []string{"gvisor.dev/gvisor/pkg/tcpip"}}, ""},
 		{"http2 in a test", goPackage{ImportPath: own("tunnel/hbone"), TestImports: []string{"golang.org/x/net/http2"}}, ""},
 		{"idna is not http2", goPackage{ImportPath: own("tunnel"), Imports: []string{"golang.org/x/net/idna"}}, ""},
-		{"client-go in control", goPackage{ImportPath: own("xds/control"), Imports: []string{"k8s.io/client-go/kubernetes"}}, "only cmd/internal/agent may"},
+		{"client-go in control", goPackage{ImportPath: own("xds/control"), Imports: []string{"k8s.io/client-go/kubernetes"}}, "only cmd/internal/enrol, cmd/ztun-agent may"},
 		{"k8s types in control", goPackage{ImportPath: own("xds/control"), Imports: []string{"k8s.io/api/core/v1"}}, ""},
 		{"protobuf in tunnel", goPackage{ImportPath: own("tunnel"), Imports: []string{own("xds/workloadapi")}}, "only xds/mesh, xds/control may"},
 		{"stranger", goPackage{ImportPath: own("util")}, "has no row"},
