@@ -239,3 +239,67 @@ func TestOpenedWindowIsToldOnce(t *testing.T) {
 		t.Errorf("the window opens with %d bytes after 1,000 and more were read at once, want all of it", first)
 	}
 }
+
+// takeTurns makes the stack ask and the far end answer until ACKs wait for the
+// next request.
+func (r *ackRig) takeTurns() *Flow {
+	r.t.Helper()
+	f := r.call.end.(*Flow)
+	r.ask()
+	r.send(10)
+	// The delay that is usual may pass meanwhile, and the ACK then leaves.
+	r.delay(time.Hour)
+	r.ask()
+	if turns := do(r.stack.Loop(), func() bool { return f.ack.turns }); !turns {
+		r.t.Fatal("two that answer each other do not take turns")
+	}
+	r.delay(ackDelay)
+	return f
+}
+
+// ask makes the stack send a request, which is read.
+func (r *ackRig) ask() {
+	r.t.Helper()
+	r.call.Write([]byte("request"))
+	for {
+		b, _ := r.read()
+		if p := parsePacket(b, len(b)); len(b) > p.payload {
+			break
+		}
+	}
+	r.ack += 7
+}
+
+func TestACKOfAnswerWaitsForTheNextRequest(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	f := r.takeTurns()
+	r.send(10)
+	r.wantNothing("the ACK of an answer")
+	if n := do(r.stack.Loop(), func() int { return len(r.stack.reader.acks.turn) }); n != 1 {
+		t.Fatalf("%d ACKs wait for a turn, want 1", n)
+	}
+	r.ask()
+	if waits := do(r.stack.Loop(), func() bool { return f.ack.waits() }); waits {
+		t.Error("the request did not carry the ACK")
+	}
+	r.wantNothing("what the request has carried")
+}
+
+// An app that sends an answer in two pieces, the second when the first is
+// acknowledged, has to wait long for that once.
+func TestAnswerInPiecesWaitsLongOnce(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	f := r.takeTurns()
+	r.send(10)
+	r.wantNothing("the ACK of the first piece")
+	do(r.stack.Loop(), func() int { r.stack.reader.acks.sendDue(time.Now().Add(turnDelay)); return 0 })
+	r.wantACK("after turnDelay")
+	r.send(10)
+	for range 3 {
+		r.ask()
+		r.send(10)
+	}
+	if turns := do(r.stack.Loop(), func() bool { return f.ack.turns }); turns {
+		t.Error("ACKs of an answer in pieces wait for a turn again")
+	}
+}
