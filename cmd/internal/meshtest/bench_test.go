@@ -7,6 +7,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/ztun/ztun/netstack"
+	"github.com/ztun/ztun/tun/tuntest"
 )
 
 // ways are what a connection is measured over: no proxy, tunnels between two
@@ -91,25 +94,68 @@ func BenchmarkRequest(b *testing.B) {
 }
 
 // BenchmarkBulk sends a MiB one way.
-func BenchmarkBulk(b *testing.B) {
-	onWays(b, func(b *testing.B, c, s *net.TCPConn) {
-		const size = 1 << 20
-		b.SetBytes(size)
-		go func() {
-			buf := make([]byte, 256<<10)
-			for range b.N * (size / len(buf)) {
-				if _, err := c.Write(buf); err != nil {
-					return
-				}
-			}
-		}()
+func BenchmarkBulk(b *testing.B) { onWays(b, sendMiBs) }
+
+// sendMiBs sends b.N times a MiB from c to s.
+func sendMiBs(b *testing.B, c, s *net.TCPConn) {
+	const size = 1 << 20
+	b.SetBytes(size)
+	go func() {
 		buf := make([]byte, 256<<10)
-		for got := 0; got < b.N*size; {
-			n, err := s.Read(buf)
-			if err != nil {
-				b.Fatal(err)
+		for range b.N * (size / len(buf)) {
+			if _, err := c.Write(buf); err != nil {
+				return
 			}
-			got += n
 		}
-	})
+	}()
+	buf := make([]byte, 256<<10)
+	for got := 0; got < b.N*size; {
+		n, err := s.Read(buf)
+		if err != nil {
+			b.Fatal(err)
+		}
+		got += n
+	}
+}
+
+// BenchmarkTCP sends a MiB one way, from node to node over networks that lose,
+// delay and reorder, with each choice of loss detection and congestion control.
+// netstack.TCP says what was chosen on these figures.
+func BenchmarkTCP(b *testing.B) {
+	const ms = time.Millisecond
+	networks := []struct {
+		name string
+		path tuntest.Path
+	}{
+		{"clear", tuntest.Path{Cut: true}},
+		{"0.1 % lost", tuntest.Path{Cut: true, Loss: 0.001}},
+		{"1 % lost, 1 ms", tuntest.Path{Cut: true, Loss: 0.01, Delay: ms / 2}},
+		{"1 % lost, 20 ms", tuntest.Path{Cut: true, Loss: 0.01, Delay: 10 * ms}},
+		{"3 % late, 1 ms", tuntest.Path{Cut: true, Reorder: 0.03, Delay: ms / 2}},
+		{"20 ms, 30 MB/s, short queue", tuntest.Path{Cut: true, Delay: 10 * ms, Rate: 30 << 20, Queue: 128 << 10}},
+	}
+	choices := []struct {
+		name string
+		tcp  netstack.TCP
+	}{
+		{"as chosen", netstack.TCP{}},
+		{"RACK", netstack.TCP{RACK: true}},
+		{"no SACK", netstack.TCP{NoSACK: true}},
+		{"cubic", netstack.TCP{Network: "cubic"}},
+		{"RACK, cubic", netstack.TCP{RACK: true, Network: "cubic"}},
+	}
+	for _, network := range networks {
+		for _, choice := range choices {
+			b.Run(network.name+"/"+choice.name, func(b *testing.B) {
+				m := New(b)
+				m.TCP = choice.tcp
+				na := m.Node("na")
+				far, wire := m.Far(tuntest.Options{Seed: 1})
+				nb := m.NodeOn(far, "nb")
+				c, s := pair(b, m.Pod("client", na), m.Pod("server", nb))
+				wire.Set(network.path, network.path)
+				sendMiBs(b, c, s)
+			})
+		}
+	}
 }
