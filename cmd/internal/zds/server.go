@@ -29,6 +29,8 @@ var ErrNoProxy = errors.New("zds: no proxy connection")
 // ServerConfig is what a Server needs. The zero value of a field is the
 // default named on it.
 type ServerConfig struct {
+	// Standin reads the devices that no proxy reads. Nil: nobody does.
+	Standin Standin
 	// Log. Nil: nothing is logged.
 	Log *slog.Logger
 }
@@ -57,6 +59,10 @@ type Server struct {
 	pods    map[string]*serverPod
 	serial  uint64        // Of the last Set.
 	changed chan struct{} // Closed and replaced at each change.
+	// standing are the pods that the Standin may be reading, with their serial.
+	standing map[string]uint64
+
+	standWake chan struct{} // One slot: what stands in is to be looked at.
 }
 
 // serverPod is one pod that is set.
@@ -79,7 +85,8 @@ func NewServer(cfg ServerConfig) *Server {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{cfg: cfg, peer: peerProcess, retry: nackRetry, pods: map[string]*serverPod{}, changed: make(chan struct{})}
+	return &Server{cfg: cfg, peer: peerProcess, retry: nackRetry, pods: map[string]*serverPod{}, changed: make(chan struct{}),
+		standing: map[string]uint64{}, standWake: make(chan struct{}, 1)}
 }
 
 // Set wants the pod served as described. The Server owns files from now on;
@@ -137,7 +144,7 @@ func (s *Server) Update(w Workload) (bool, error) {
 }
 
 // Delete tells every proxy that the pod is gone, and waits until all that are
-// connected have acknowledged it or ctx ends. The Server closes its
+// connected have acknowledged it, and the Standin has stopped, or ctx ends. The Server closes its
 // descriptors. An unknown uid is no error.
 func (s *Server) Delete(ctx context.Context, uid string) error {
 	s.mu.Lock()
@@ -148,6 +155,9 @@ func (s *Server) Delete(ctx context.Context, uid string) error {
 	}
 	for {
 		told := slices.ContainsFunc(s.conns, func(c *serverConn) bool { return c.knowsLocked(uid) })
+		if _, stands := s.standing[uid]; stands {
+			told = true
+		}
 		_, again := s.pods[uid]
 		changed := s.changed
 		s.mu.Unlock()
@@ -215,6 +225,9 @@ func (s *Server) Serve(ctx context.Context, l *net.UnixListener) error {
 	defer cancel()
 	defer stop()
 	defer l.Close()
+	if s.cfg.Standin != nil {
+		s.wg.Go(func() { s.stand(ctx) })
+	}
 	limiter := rate.NewLimiter(acceptRate, acceptRate)
 	for {
 		conn, err := l.AcceptUnix()
@@ -276,6 +289,7 @@ func (s *Server) admit(conn *net.UnixConn) (*serverConn, error) {
 	for uid := range s.pods {
 		c.dirty[uid] = struct{}{}
 	}
+	s.standLocked()
 	s.changedLocked()
 	return c, nil
 }
@@ -346,6 +360,7 @@ func (s *Server) markLocked(uid string) {
 	for _, c := range s.conns {
 		c.markLocked(uid)
 	}
+	s.standLocked()
 }
 
 func (s *Server) changedLocked() {

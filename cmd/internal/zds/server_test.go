@@ -24,9 +24,13 @@ type serverTest struct {
 	next *exec.Cmd // Who connects next.
 }
 
-func newServerTest(t *testing.T) *serverTest {
+func newServerTest(t *testing.T, standins ...Standin) *serverTest {
 	l, path := listen(t)
-	st := &serverTest{T: t, server: NewServer(ServerConfig{}), path: path}
+	cfg := ServerConfig{}
+	for _, s := range standins {
+		cfg.Standin = s
+	}
+	st := &serverTest{T: t, server: NewServer(cfg), path: path}
 	st.server.retry = 50 * time.Millisecond
 	st.server.peer = st.peer
 	ctx, cancel := context.WithCancel(context.Background())

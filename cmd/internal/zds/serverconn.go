@@ -19,8 +19,9 @@ type serverConn struct {
 	wake   chan struct{} // One slot: something is dirty.
 
 	// Guarded by the Server's mu.
-	dirty map[string]struct{} // UIDs to look at.
-	told  map[string]uint64   // UIDs that the proxy knows of, with the serial; 0: keep.
+	dirty  map[string]struct{} // UIDs to look at.
+	told   map[string]uint64   // UIDs that the proxy knows of, with the serial; 0: keep.
+	awaits map[string]struct{} // UIDs that the Standin has to let go of first.
 }
 
 func newServerConn(s *Server, conn *net.UnixConn, proc *process) *serverConn {
@@ -28,7 +29,7 @@ func newServerConn(s *Server, conn *net.UnixConn, proc *process) *serverConn {
 		server: s, conn: conn, proc: proc,
 		log:   s.cfg.Log.With("proxy_pid", proc.pid),
 		wake:  make(chan struct{}, 1),
-		dirty: map[string]struct{}{}, told: map[string]uint64{},
+		dirty: map[string]struct{}{}, told: map[string]uint64{}, awaits: map[string]struct{}{},
 	}
 }
 
@@ -38,6 +39,13 @@ func (c *serverConn) markLocked(uid string) {
 	case c.wake <- struct{}{}:
 	default:
 	}
+}
+
+// isAwaiting reports whether a pod of the snapshot cannot be sent yet.
+func (c *serverConn) isAwaiting() bool {
+	c.server.mu.Lock()
+	defer c.server.mu.Unlock()
+	return len(c.awaits) > 0
 }
 
 // knowsLocked reports whether the proxy may still have the pod.
@@ -130,7 +138,7 @@ func (c *serverConn) talk(answers <-chan answer) error {
 				return err
 			}
 			continue
-		case snapshot:
+		case snapshot && !c.isAwaiting():
 			if err := c.do(job{req: request{kind: kindSnapshotSent}}, answers); err != nil {
 				return err
 			}
@@ -192,6 +200,7 @@ func (c *serverConn) nextJob(snapshot bool) (job, bool) {
 func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 	p := c.server.pods[uid]
 	serial, told := c.told[uid]
+	delete(c.awaits, uid)
 	switch {
 	case p == nil && told:
 		return job{req: request{kind: kindDel, workload: Workload{UID: uid}}}, true
@@ -199,6 +208,10 @@ func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 		return job{}, false
 	case p.files.Device != nil && !p.stale && c.server.targetLocked(p) == c:
 		if told && serial == p.serial {
+			return job{}, false
+		}
+		if c.server.standsLocked(uid) {
+			c.awaits[uid] = struct{}{} // It is marked again once the Standin has stopped.
 			return job{}, false
 		}
 		files, err := p.files.dup()
