@@ -32,15 +32,20 @@ func TestMemoryIsGivenBackAtRest(t *testing.T) {
 		}
 	}
 	trickle := uint64(102 * mib)
-	calls := 0
-	for range 100 {
-		trickle += 200 << 10
-		if r.due(trickle, 8*mib) {
-			calls++
+	for _, tt := range []struct {
+		each        uint64 // bytes a second
+		least, most int
+	}{{20 << 10, 10, 20}, {200 << 10, 0, 0}} {
+		calls := 0
+		for range 1000 {
+			trickle += tt.each
+			if r.due(trickle, 8*mib) {
+				calls++
+			}
 		}
-	}
-	if calls < 10 || calls > 20 {
-		t.Errorf("%d times for 20 MB in 100 s of a trickle", calls)
+		if calls < tt.least || calls > tt.most {
+			t.Errorf("%d times in 1,000 s of %d bytes a second, want %d to %d", calls, tt.each, tt.least, tt.most)
+		}
 	}
 }
 
