@@ -294,10 +294,9 @@ func TestAnswerInPiecesWaitsLongOnce(t *testing.T) {
 	r.wantNothing("the ACK of the first piece")
 	do(r.stack.Loop(), func() int { r.stack.reader.acks.sendDue(time.Now().Add(turnDelay)); return 0 })
 	r.wantACK("after turnDelay")
-	r.send(10)
 	for range 3 {
-		r.ask()
 		r.send(10)
+		r.ask()
 	}
 	if turns := do(r.stack.Loop(), func() bool { return f.ack.turns }); turns {
 		t.Error("ACKs of an answer in pieces wait for a turn again")
