@@ -9,7 +9,20 @@ import (
 )
 
 // TCP chooses among what gVisor's TCP can do. The zero value is what figures
-// speak for; the other choices are there to be measured.
+// speak for; the other choices are there to be measured. BenchmarkTCP of
+// cmd/internal/meshtest, MB/s over two nodes, one run on a busy machine:
+//
+//	                             as chosen  RACK  no SACK  cubic
+//	clear, super-segments cut           75    83       60     71
+//	0.1 % lost                          55    70       47     67
+//	1 % lost, 1 ms                     8.1   8.8      7.4   12.0
+//	1 % lost, 20 ms                   0.98  0.88     0.88   0.58
+//	3 % late, 1 ms                     9.1  12.5     11.2    7.0
+//	20 ms, 30 MB/s, short queue        5.1   3.7      5.5    3.2
+//
+// RACK gains where packets are lost one by one and loses where they queue; on the
+// wire to the pod it takes a reader that waits for its CPU for loss, 15 to 20
+// times a second, and gVisor has one choice for both legs.
 type TCP struct {
 	// RACK finds losses by the time that has passed (RFC 8985), and probes for
 	// a lost tail.
