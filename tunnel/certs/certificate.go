@@ -26,6 +26,7 @@ type Certificate struct {
 
 	pair    tls.Certificate
 	roots   *x509.CertPool // shared
+	revoked *Revocations   // shared; nil: nothing is
 	pqcOnly bool
 	server  func() *tls.Config
 }
@@ -40,10 +41,19 @@ func New(id identity.ID, key *ecdsa.PrivateKey, elements [][]byte, now time.Time
 	if err != nil {
 		return nil, fmt.Errorf("certs: answer for %v: %w", id, err)
 	}
-	return parsed.certificate(id, key, false), nil
+	return parsed.certificate(id, key, false, nil), nil
 }
 
-func (c chain) certificate(id identity.ID, key *ecdsa.PrivateKey, pqcOnly bool) *Certificate {
+// WithRevocations returns a Certificate like c that refuses peers whose
+// certificates r has.
+func (c *Certificate) WithRevocations(r *Revocations) *Certificate {
+	out := *c
+	out.revoked = r
+	out.server = sync.OnceValue(out.newServerTLS)
+	return &out
+}
+
+func (c chain) certificate(id identity.ID, key *ecdsa.PrivateKey, pqcOnly bool, revoked *Revocations) *Certificate {
 	leaf := c.certs[0]
 	out := &Certificate{
 		ID:        id,
@@ -54,6 +64,7 @@ func (c chain) certificate(id identity.ID, key *ecdsa.PrivateKey, pqcOnly bool) 
 		NotAfter:  leaf.NotAfter,
 		pair:      tls.Certificate{PrivateKey: key, Leaf: leaf},
 		roots:     c.roots.pool,
+		revoked:   revoked,
 		pqcOnly:   pqcOnly,
 	}
 	for _, cert := range c.certs {

@@ -92,7 +92,7 @@ func (m *Manager) sign(ctx context.Context, e *entry) (*Certificate, error) {
 	if roots := parsed.roots; roots.skipped > 0 {
 		m.cfg.Log.Warn("roots of CA skipped: they do not parse", "identity", e.id, "skipped", roots.skipped, "used", len(roots.certs))
 	}
-	cert := parsed.certificate(e.id, key, m.cfg.PQCOnly)
+	cert := parsed.certificate(e.id, key, m.cfg.PQCOnly, m.cfg.Revocations)
 	if err := cert.verifySelf(); err != nil {
 		// Peers may know other roots than these: theirs is the last word.
 		m.cfg.Log.Warn("certificate is no SVID that chains to the roots it came with", "identity", e.id, "error", err)

@@ -42,6 +42,7 @@ type Config struct {
 	MaxIdentities int           // held at a time; 0: 4096
 	MaxWaiters    int           // Gets that wait at a time; 0: 16384
 	PQCOnly       bool          // X25519MLKEM768 is the only key exchange
+	Revocations   *Revocations  // of peers; nil: none is revoked
 	Log           *slog.Logger  // nil: discard
 }
 

@@ -92,13 +92,16 @@ func (c *Certificate) verifyServer(cs tls.ConnectionState, want []identity.ID) e
 	for _, cert := range cs.PeerCertificates[1:] {
 		intermediates.AddCert(cert)
 	}
-	_, err := leaf.Verify(x509.VerifyOptions{
+	chains, err := leaf.Verify(x509.VerifyOptions{
 		Roots:         c.roots,
 		Intermediates: intermediates,
 		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	})
 	if err != nil {
 		return &tls.CertificateVerificationError{UnverifiedCertificates: cs.PeerCertificates, Err: err}
+	}
+	if err := c.revoked.verify(chains); err != nil {
+		return fmt.Errorf("certs: verify server: %w", err)
 	}
 	got := ids(leaf)
 	for _, id := range got {
@@ -117,6 +120,9 @@ func (c *Certificate) verifyClient(cs tls.ConnectionState) error {
 	}
 	leaf := cs.PeerCertificates[0]
 	if err := checkLeaf(leaf); err != nil {
+		return fmt.Errorf("certs: verify client: %w", err)
+	}
+	if err := c.revoked.verify(cs.VerifiedChains); err != nil {
 		return fmt.Errorf("certs: verify client: %w", err)
 	}
 	domain := c.ID.TrustDomain()

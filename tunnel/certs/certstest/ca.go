@@ -145,6 +145,44 @@ func (ca *CA) Issue(id identity.ID) *certs.Certificate {
 	return must(certs.New(id, key, must(ca.Sign(context.Background(), id, csr, 24*time.Hour)), time.Now()))
 }
 
+// An Issuer is what a CA signed with at one time. Its certificates can be
+// revoked later.
+type Issuer struct{ from *authority }
+
+// Issuer returns what signs now.
+func (ca *CA) Issuer() Issuer {
+	ca.mu.Lock()
+	defer ca.mu.Unlock()
+	return Issuer{ca.now}
+}
+
+// Certificate is the issuer's own.
+func (i Issuer) Certificate() *x509.Certificate { return i.from.cert }
+
+// CRL returns a list of the given certificates, in PEM: number 1, from now and
+// for a day, unless change, which may be nil, says otherwise.
+func (i Issuer) CRL(change func(*x509.RevocationList), revoked ...*x509.Certificate) []byte {
+	t := &x509.RevocationList{Number: big.NewInt(1), ThisUpdate: time.Now(), NextUpdate: time.Now().Add(24 * time.Hour)}
+	for _, cert := range revoked {
+		t.RevokedCertificateEntries = append(t.RevokedCertificateEntries,
+			x509.RevocationListEntry{SerialNumber: cert.SerialNumber, RevocationTime: time.Now()})
+	}
+	if change != nil {
+		change(t)
+	}
+	der := must(x509.CreateRevocationList(rand.Reader, t, i.from.cert, i.from.key))
+	return pem.EncodeToMemory(&pem.Block{Type: "X509 CRL", Bytes: der})
+}
+
+// Namesake returns another issuer of the same name, which i knows nothing of.
+func (i Issuer) Namesake() Issuer {
+	a := &authority{key: must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))}
+	t := *i.from.cert
+	t.PublicKey, t.SubjectKeyId, t.AuthorityKeyId = nil, nil, nil
+	a.cert = must(x509.ParseCertificate(must(x509.CreateCertificate(rand.Reader, &t, &t, &a.key.PublicKey, a.key))))
+	return Issuer{a}
+}
+
 // newAuthority makes an intermediate below parent; below none, a root.
 func newAuthority(parent *authority) *authority {
 	a := &authority{key: must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))}
