@@ -87,7 +87,7 @@ func Decode(text []byte) (Event, error) {
 func (e *Event) Validate() error {
 	var errs []error
 	if !filepath.IsAbs(e.Netns) || filepath.Clean(e.Netns) != e.Netns || len(e.Netns) > 4096 {
-		errs = append(errs, fmt.Errorf("Netns %.100q is not a clean absolute path", e.Netns))
+		errs = append(errs, fmt.Errorf("path Netns %.100q is not clean and absolute", e.Netns))
 	}
 	for _, n := range []struct {
 		field, value string
