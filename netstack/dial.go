@@ -81,6 +81,8 @@ const (
 	// again, whose RST the peer may not have seen.
 	// https://www.rfc-editor.org/rfc/rfc6056#section-3.3.5
 	portStep = 500
+	// PortParts is how many parts the ports have, each with every so many-th one.
+	PortParts = 4
 )
 
 // open makes the endpoint and completes the flow's key with a port that is free.
@@ -114,14 +116,28 @@ func (s *Stack) freePort(src, dst netip.AddrPort) (netip.AddrPort, error) {
 	}
 	const ports = lastPort - firstPort + 1
 	s.port = (s.port + 1 + rand.N(uint32(portStep))) % ports
-	for range portTries {
-		own := netip.AddrPortFrom(src.Addr(), uint16(firstPort+s.port))
-		if s.isFree(tupleOf(dst, own)) {
+	if part := uint32(s.cfg.PortPart); part > 0 {
+		s.port = (s.port + (part+PortParts-s.port%PortParts)%PortParts) % ports // A multiple of PortParts.
+		if own, ok := s.firstFree(src.Addr(), dst, PortParts); ok {
 			return own, nil
 		}
-		s.port = (s.port + 1) % ports
+	}
+	if own, ok := s.firstFree(src.Addr(), dst, 1); ok {
+		return own, nil
 	}
 	return src, syscall.EADDRINUSE
+}
+
+// firstFree looks at every step-th port from the last one on.
+func (s *Stack) firstFree(src netip.Addr, dst netip.AddrPort, step uint32) (own netip.AddrPort, ok bool) {
+	for range portTries {
+		own = netip.AddrPortFrom(src, uint16(firstPort+s.port))
+		if s.isFree(tupleOf(dst, own)) {
+			return own, true
+		}
+		s.port = (s.port + step) % (lastPort - firstPort + 1)
+	}
+	return own, false
 }
 
 // isFree says that a connection may be made whose peer's packets show key.

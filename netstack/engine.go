@@ -134,6 +134,17 @@ type StackConfig struct {
 	// Add has succeeded. Without them an unreachable host looks like one that
 	// does not answer, and a path MTU below the interface's is not learnt.
 	ICMP []*os.File
+	// Predecessor is a packet socket to the proxy that read the device before and
+	// still has flows; nil: there is none. What belongs to no flow of this stack
+	// goes there (handover.go). The Stack owns it once Add has succeeded.
+	Predecessor *os.File
+	// PortPart, 1 to PortParts, is the part of the ephemeral ports that dials take
+	// first: two proxies that both have flows of the pod must not dial the same
+	// peer from the same port. 0: any port.
+	PortPart int
+	// Resumed is called on the loop when the stack reads the device again, which
+	// it had yielded (Stack.Yield). May be nil.
+	Resumed func()
 	// Limits of this pod; zero fields take their defaults.
 	Limits Limits
 	// IsProbe reports whether an inbound plaintext connection is the kubelet's

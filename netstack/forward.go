@@ -57,6 +57,9 @@ func (b *forwarded) takes(s *Stack, p *packet) bool {
 		if fromPod || !s.cfg.BypassInbound || p.tuple.dstPort == TunnelPort {
 			return false
 		}
+		if s.before != nil {
+			return false // That one knows.
+		}
 		if f = b.learn(key); f == nil {
 			return false
 		}

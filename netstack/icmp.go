@@ -120,7 +120,13 @@ func (s *Stack) deliverError(b []byte, proto tcpip.NetworkProtocolNumber, quote 
 		return
 	}
 	key, ok := quotedTuple(b[at:])
-	if !ok || s.flows[key.reverse()] == nil {
+	if !ok {
+		return
+	}
+	if s.flows[key.reverse()] == nil {
+		if s.before != nil {
+			s.handOnError(b)
+		}
 		return
 	}
 	// HandleError takes the endpoint's lock. None is held: this runs between batches.

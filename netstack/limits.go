@@ -169,6 +169,8 @@ type Stats struct {
 	Stray         uint64 // segments of no connection, answered with a RST
 	WriteFailed   uint64 // packets that the device did not take
 	ICMP          uint64 // errors read from StackConfig.ICMP
+	HandedOn      uint64 // packets given to StackConfig.Predecessor
+	HandOnFailed  uint64 // packets that it did not take, which are lost
 
 	LimitConnections uint64 // connections refused because of Limits.Connections or Memory
 	LimitPending     uint64 // SYNs dropped because of the Limits of pending ones
@@ -183,6 +185,7 @@ type counters struct {
 	packetsIn, packetsOut, bytesIn, bytesOut                               atomic.Uint64
 	badHeader, malformed, notTCP, foreign, badChecksum, drained, forwarded atomic.Uint64
 	stray, writeFailed, limitConnections, limitPending, expired, icmp      atomic.Uint64
+	handedOn, handOnFailed                                                 atomic.Uint64
 	flows, pending                                                         atomic.Int64
 }
 
@@ -196,6 +199,7 @@ func (s *Stack) Stats() Stats {
 		ForeignSource: c.foreign.Load(), BadChecksum: c.badChecksum.Load(), Drained: c.drained.Load(),
 		Forwarded: c.forwarded.Load(), Stray: c.stray.Load(), WriteFailed: c.writeFailed.Load(), ICMP: c.icmp.Load(),
 		LimitConnections: c.limitConnections.Load(), LimitPending: c.limitPending.Load(), Expired: c.expired.Load(),
+		HandedOn: c.handedOn.Load(), HandOnFailed: c.handOnFailed.Load(),
 		Flows: c.flows.Load(), Pending: c.pending.Load(),
 	}
 }

@@ -144,13 +144,16 @@ func (r *reader) add(s *Stack) error {
 	r.stacks[s] = struct{}{}
 	err := s.listen()
 	if err == nil {
-		s.drain()
+		if s.before == nil {
+			s.drain()
+		} // Else it is for that one, or for this.
 		r.engine.noteLacks(s.cfg.Name, s.dev.Lacks())
 		r.watched[s.dev.FD()] = s
-		err = errors.Join(r.watch(s.dev.FD()), s.watchICMP())
+		err = errors.Join(r.watch(s.dev.FD()), s.watchICMP(), s.watchPredecessor())
 	}
 	if err != nil {
 		s.unwatchICMP()
+		s.unwatchPredecessor()
 		r.remove(s)
 	}
 	return err
@@ -167,7 +170,7 @@ func (r *reader) remove(s *Stack) {
 
 // unwatch stops reading s.
 func (r *reader) unwatch(s *Stack) {
-	fd := s.dev.FD()
+	fd := s.source.FD()
 	if r.watched[fd] != s {
 		return
 	}

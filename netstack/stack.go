@@ -30,7 +30,7 @@ type Stack struct {
 	limits  Limits
 	handler Handler
 	reader  *reader
-	dev     *tun.Device
+	dev     *tun.Device // where packets go, and come from but for a Yield
 	gv      *stack.Stack
 	link    *link
 	addrs   [][16]byte
@@ -53,11 +53,14 @@ type Stack struct {
 	timeWaits []*Flow // oldest first
 	quiet     bool    // answers no SYN
 	closed    bool
+	source    *tun.Device // what is read: dev, or what the successor sends
+	before    *tun.Device // the predecessor's socket; nil: there is none
+	alone     []func()    // wait for there to be none
 }
 
 func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 	s := &Stack{
-		cfg: cfg, limits: cfg.Limits.withDefaults(), reader: r, dev: dev,
+		cfg: cfg, limits: cfg.Limits.withDefaults(), reader: r, dev: dev, source: dev,
 		port:      rand.N(uint32(lastPort - firstPort + 1)),
 		flows:     map[tuple]*Flow{},
 		pending:   map[tuple]*Request{},
@@ -73,6 +76,9 @@ func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
 			return nil, err
 		}
 		s.icmp = append(s.icmp, sock)
+	}
+	if err := s.adopt(cfg.Predecessor); err != nil {
+		return nil, err
 	}
 	s.bypass.init(cfg.Older)
 	s.link = &link{stack: s}
@@ -167,6 +173,7 @@ func (s *Stack) closeOnLoop() {
 	}
 	s.reader.remove(s)
 	s.unwatchICMP()
+	s.closeSockets()
 	s.destroy()
 }
 

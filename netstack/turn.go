@@ -45,6 +45,10 @@ func (s *Stack) failed(err error) {
 	if s.closed {
 		return
 	}
+	if s.source != s.dev {
+		s.resume()
+		return
+	}
 	s.reader.engine.log.Error("device cannot be read", "pod", s.cfg.Name, "error", err)
 	s.reader.unwatch(s)
 	if gone := s.cfg.Gone; gone != nil {
@@ -56,7 +60,7 @@ func (s *Stack) failed(err error) {
 func (s *Stack) receive() (int, error) {
 	r := s.reader
 	r.fillViews()
-	n, h, err := s.dev.Read(&r.vector)
+	n, h, err := s.source.Read(&r.vector)
 	if err == tun.ErrEmpty {
 		return 0, nil
 	}
@@ -87,6 +91,9 @@ func (s *Stack) receive() (int, error) {
 			s.counters.foreign.Add(1)
 		}
 	default:
+		if s.source != s.dev && s.passedError(n) {
+			break
+		}
 		if n > 0 && (first[0]>>4 == 4 || first[0]>>4 == 6) && p.total > 0 {
 			s.counters.notTCP.Add(1)
 		} else {
@@ -113,7 +120,11 @@ func (s *Stack) segment(p *packet, h tun.Header, n int) {
 	case s.bypass.takes(s, p):
 		s.forward(h, n)
 		return
-	case s.quiet && p.isSYN():
+	case p.isSYN():
+		if s.quiet || s.source != s.dev {
+			return
+		}
+	case s.before != nil && s.isStray(p) && s.handOn(h, n):
 		return
 	}
 	s.deliver(p, h, n)

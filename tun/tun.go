@@ -35,6 +35,7 @@ package tun
 import (
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -117,12 +118,14 @@ func (d *Device) Close() error { return d.file.Close() }
 // Read takes the next packet into v's buffers without blocking. It returns
 // the packet's length and its validated header, ErrEmpty when none waits, a
 // *HeaderError for a packet to be dropped, or the kernel's error when the
-// device is gone.
+// device is gone; io.EOF when it was a socket's other end.
 func (d *Device) Read(v *Vector) (int, Header, error) {
 	n, errno := d.readv(v)
-	switch errno {
-	case 0:
-	case unix.EAGAIN, unix.EINTR:
+	switch {
+	case errno == 0 && n == 0:
+		return 0, Header{}, io.EOF
+	case errno == 0:
+	case errno == unix.EAGAIN, errno == unix.EINTR:
 		return 0, Header{}, ErrEmpty
 	default:
 		return 0, Header{}, fmt.Errorf("tun: read: %w", errno)

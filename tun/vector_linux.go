@@ -107,3 +107,18 @@ type WriteError struct{ Errno unix.Errno }
 
 func (e *WriteError) Error() string { return "tun: write: " + e.Errno.Error() }
 func (e *WriteError) Unwrap() error { return e.Errno }
+
+// Send sends the packet collected in w, its header first, over a packet socket
+// without waiting: EAGAIN or ENOBUFS where there is no room, EPIPE when the other
+// end is closed.
+func (w *Writer) Send(fd int) error {
+	w.iov[0].Base = &w.head[0]
+	w.iov[0].SetLen(HeaderSize)
+	msg := unix.Msghdr{Iov: &w.iov[0]}
+	msg.SetIovlen(w.n + 1)
+	_, _, errno := unix.RawSyscall(unix.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+	if errno != 0 {
+		return &WriteError{errno}
+	}
+	return nil
+}
