@@ -147,9 +147,11 @@ type StackConfig struct {
 	Resumed func()
 	// Limits of this pod; zero fields take their defaults.
 	Limits Limits
-	// IsProbe reports whether an inbound plaintext connection is the kubelet's
-	// and is to be forwarded at L3. Called on the loop, must not block. May be nil.
-	IsProbe func(src, dst netip.AddrPort) bool
+	// IsProbe asks whether an inbound plaintext connection is the kubelet's and is
+	// to be forwarded at L3. It reports false for one that cannot be. Else it
+	// calls answer once, whenever it knows and from anywhere; until then the SYN
+	// is held like a Request. Called on the loop, must not block. May be nil.
+	IsProbe func(src, dst netip.AddrPort, answer func(bool)) (asked bool)
 	// Gone is called on the loop, once, when the device cannot be read any
 	// more. May be nil.
 	Gone func(error)

@@ -77,7 +77,7 @@ func (b *forwarded) bypasses(s *Stack, p *packet) bool {
 	if p.tuple.dstPort == TunnelPort || !s.isPod(p.tuple.dst) {
 		return false
 	}
-	return s.cfg.BypassInbound || s.cfg.IsProbe != nil && s.cfg.IsProbe(p.tuple.source(), p.tuple.destination())
+	return s.cfg.BypassInbound
 }
 
 // learn remembers a flow, or returns nil when there is no room for it.

@@ -93,21 +93,6 @@ func TestBypassSurvivesARestart(t *testing.T) {
 	}
 }
 
-func TestProbesAreForwarded(t *testing.T) {
-	node := netip.MustParseAddr("10.0.0.254")
-	r := newRawRig(t, StackConfig{IsProbe: func(src, _ netip.AddrPort) bool { return src.Addr() == node }})
-	asked := make(chan *Request, 1)
-	on(r.stack, r.handler, func(h *hooks) { h.tcp = func(q *Request) { asked <- q; q.Refuse(RefuseSilent) } })
-	server := netip.AddrPortFrom(pod, 80)
-	if !r.passes(segment(netip.AddrPortFrom(node, 5), server, flagSYN, 1, 0, nil)) {
-		t.Error("a probe was not forwarded")
-	}
-	if r.passes(segment(client, server, flagSYN, 1, 0, nil)) {
-		t.Error("somebody else's SYN was forwarded")
-	}
-	<-asked
-}
-
 func TestSuperSegmentIsForwardedWhole(t *testing.T) {
 	r := newRawRig(t, StackConfig{Older: []Tuple{old}})
 	b := segment(old.Local, old.Remote, flagACK, 1, 1, bytes.Repeat([]byte("0123456789abcdef"), 4000))

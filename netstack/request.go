@@ -119,13 +119,17 @@ func (s *Stack) unhold(r *Request) {
 	}
 }
 
-// ask hands the batch's SYNs to the Handler.
+// ask hands the batch's SYNs to the Handler, but for those that may be probes.
 func (s *Stack) ask() {
 	for len(s.asked) > 0 {
 		asked := s.asked
 		s.asked = nil
 		for _, r := range asked {
-			if !r.over {
+			switch {
+			case r.over, s.probing(r):
+			case s.quiet:
+				r.drop()
+			default:
 				s.handler.HandleTCP(r)
 			}
 		}

@@ -156,16 +156,17 @@ func stackConfig(name string, d *zds.Device, log *slog.Logger) netstack.StackCon
 // probes says whether a plaintext connection may be the kubelet's: it comes
 // from the node to a port that the agent named. The agent could tell which
 // socket it is; until it is asked, that must do.
-func probes(d *zds.Device, log *slog.Logger) func(src, dst netip.AddrPort) bool {
+func probes(d *zds.Device, log *slog.Logger) func(src, dst netip.AddrPort, answer func(bool)) bool {
 	if len(d.NodeAddresses) == 0 || len(d.ProbePorts) == 0 {
 		return nil
 	}
 	var once sync.Once
-	return func(src, dst netip.AddrPort) bool {
+	return func(src, dst netip.AddrPort, answer func(bool)) bool {
 		if !slices.Contains(d.NodeAddresses, src.Addr()) || !slices.Contains(d.ProbePorts, dst.Port()) {
 			return false
 		}
 		once.Do(func() { log.Info("connections from the node to probed ports pass as probes") })
+		answer(true)
 		return true
 	}
 }
