@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"time"
 
+	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/h2"
 	"github.com/ztun/ztun/tunnel/splice"
 	"github.com/ztun/ztun/xds/authz"
@@ -22,10 +23,13 @@ type conn struct {
 	// upstream is the server's side while the client's is being accepted.
 	upstream splice.End
 	join     *splice.Join
-	twin     *conn        // the other half of a hairpin
-	check    *authz.Input // inbound: what the policies judge
-	opened   bool         // the Recorder knows of it
-	over     bool
+	twin     *conn // the other half of a hairpin
+	// own and peer are the certificates under which a stream was handed over in
+	// memory; on the wire the tunnel has them. Nil: none.
+	own, peer *certs.Certificate
+	check     *authz.Input // inbound: what the policies judge
+	opened    bool         // the Recorder knows of it
+	over      bool
 }
 
 // begin takes a question. It reports false if it was refused for a limit.
@@ -121,6 +125,8 @@ func (c *conn) verdict(r splice.Result) (Reason, error) {
 		return ours.Reason, ours.Err
 	}
 	switch {
+	case revoked(r.Err):
+		return CertRevoked, r.Err
 	case errors.Is(r.Err, h2.ErrConnLost):
 		return TunnelLost, r.Err
 	case r.From == splice.SideA:

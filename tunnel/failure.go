@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"syscall"
 
+	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/h2"
 	"github.com/ztun/ztun/tunnel/hbone"
 	"github.com/ztun/ztun/tunnel/splice"
@@ -46,6 +47,8 @@ func connectReason(err error) Reason {
 	}
 	at, ok := errors.AsType[*hbone.ConnectError](err)
 	switch {
+	case revoked(err):
+		return CertRevoked
 	case errors.Is(err, hbone.ErrLimit), errors.Is(err, hbone.ErrBusy):
 		return Limit
 	case errors.Is(err, hbone.ErrDraining):
@@ -114,6 +117,8 @@ func acceptReason(err error) Reason {
 		return ours.Reason
 	}
 	switch {
+	case revoked(err):
+		return CertRevoked
 	case errors.Is(err, hbone.ErrLimit), errors.Is(err, hbone.ErrBusy):
 		return Limit
 	case errors.Is(err, hbone.ErrDraining):
@@ -122,6 +127,12 @@ func acceptReason(err error) Reason {
 		return Closed
 	}
 	return TLSFailed
+}
+
+// revoked reports whether a revoked certificate of the peer is behind err.
+func revoked(err error) bool {
+	_, ok := errors.AsType[*certs.RevokedError](err)
+	return ok
 }
 
 // mismatch is the detail of IPMismatch.

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/hbone"
 	"github.com/ztun/ztun/tunnel/identity"
 	"github.com/ztun/ztun/tunnel/splice"
@@ -76,7 +77,8 @@ type connect struct {
 	host, network string // what the client says: the service it called, x-forwarded-network
 	trace         func() hbone.Trace
 	baggage       func() hbone.Baggage
-	sameNode      bool // a neighbour's
+	sameNode      bool                  // a neighbour's
+	certs         [2]*certs.Certificate // a neighbour's: ours and its
 }
 
 // An answerer takes the answer to a CONNECT: exactly one of Accept and Refuse.
@@ -103,6 +105,7 @@ func (p *Pod) connected(req *connect) {
 		return
 	}
 	c.rec.SrcIdentity, c.rec.Trace = req.peer, req.trace()
+	c.own, c.peer = req.certs[0], req.certs[1]
 	authority, err := hbone.ParseAuthority(req.authority)
 	if err != nil {
 		c.fail(BadRequest, err)

@@ -113,7 +113,8 @@ func (o *outbound) visit(src netip.Addr) bool {
 			o.fail(connectReason(err), err)
 		default:
 			p.stats.SameNode.Add(1)
-			o.rec.DstIdentity = v.peer
+			o.rec.DstIdentity = v.peer.ID
+			o.own, o.peer = cert, v.peer
 			o.accept(end)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/ztun/ztun/netstack"
+	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/h2"
 	"github.com/ztun/ztun/tunnel/hbone"
 	"github.com/ztun/ztun/tunnel/identity"
@@ -75,7 +76,10 @@ type Config struct {
 	// Neighbours are the pods of this process, this one among them, to be
 	// reached in memory. Nil: every tunnel goes through the network.
 	Neighbours *Neighbours
-	Log        *slog.Logger // default: nothing is logged
+	// Revocations end live connections to peers that are revoked; Certs' have the
+	// same. Nil: nobody is.
+	Revocations *certs.Revocations
+	Log         *slog.Logger // default: nothing is logged
 
 	// PolicyLog takes every decision of a policy, at Debug, or at Info if
 	// PolicyInfo is set. Default: Log.
@@ -177,7 +181,9 @@ type Pod struct {
 	quit      chan struct{} // closed by Close
 	quitOnce  sync.Once
 	stopWatch func()
+	stopLists func()      // no more calls of listsChanged
 	changed   atomic.Bool // onMesh is posted
+	relisted  atomic.Bool // onLists is posted
 
 	// Owned by the loop.
 	self     *self
@@ -230,6 +236,7 @@ func NewPod(cfg Config) (*Pod, error) {
 		Dialer:        cfg.Stack,
 		Handshakes:    cfg.Handshakes,
 		Certificates:  p.certs,
+		Revocations:   cfg.Revocations,
 		H2:            cfg.H2Client,
 		DialTimeout:   cfg.Timeouts.Connect,
 		AnswerTimeout: cfg.Timeouts.Answer,
@@ -242,6 +249,7 @@ func NewPod(cfg Config) (*Pod, error) {
 		Loop:          p.loop,
 		Handshakes:    cfg.Handshakes,
 		TLS:           p.serverTLS,
+		Revocations:   cfg.Revocations,
 		H2:            cfg.H2Server,
 		Handle:        p.handleConnect,
 		Failed:        p.tunnelFailed,
@@ -254,6 +262,7 @@ func NewPod(cfg Config) (*Pod, error) {
 	}
 	p.stopWatch = cfg.Mesh.OnChange(p.meshChanged)
 	p.meshChanged()
+	p.stopLists = cfg.Revocations.OnChange(p.listsChanged)
 	return p, nil
 }
 
@@ -323,6 +332,7 @@ func (p *Pod) Close() {
 		p.loop.Post(func() { p.teardown(); close(done) })
 		close(p.quit)
 		p.stopWatch()
+		p.stopLists()
 		p.certs.Close()
 		timer := time.NewTimer(closeTimeout)
 		defer timer.Stop()

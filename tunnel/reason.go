@@ -52,6 +52,9 @@ const (
 
 	// PolicyChange: policies that came later deny the connection.
 	PolicyChange
+	// CertRevoked: the peer's certificate was revoked by its issuer, before the
+	// connection or under it.
+	CertRevoked
 	// WorkloadGone: the control plane removed this pod's workload.
 	WorkloadGone
 	// Closed: the pod went away or the drain ran out of time.
@@ -141,6 +144,7 @@ var effects = [reasons]effect{
 	Draining:        {"draining", "connection closed due to connection drain", flagNone, 503, hbone.DestinationUnavailable, netstack.RefuseSilent, false},
 
 	PolicyChange: {"policy-change", "connection closed due to policy change", flagDeny, 401, hbone.HTTPRequestDenied, netstack.RefuseReset, false},
+	CertRevoked:  {"cert-revoked", "connection closed since peer cert revoked by CRL", "CERT_REVOKED", 503, hbone.TLSCertificateError, netstack.RefuseUnreachable, false},
 	WorkloadGone: {"workload-gone", "connection closed since its workload was removed", flagNone, 503, hbone.DestinationUnavailable, netstack.RefuseReset, false},
 	Closed:       {"closed", "connection closed due to connection drain", flagNone, 503, hbone.DestinationUnavailable, netstack.RefuseReset, false},
 

@@ -14,7 +14,7 @@ import (
 // Every reason has its line in the table.
 func TestReasonsAreComplete(t *testing.T) {
 	names := make(map[string]bool)
-	flags := map[string]bool{"-": true, "DENY": true, "CONNECT": true, "TLS_FAILURE": true, "H2_HANDSHAKE_FAILURE": true, "NETWORK_POLICY": true, "IDENTITY_ERROR": true}
+	flags := map[string]bool{"-": true, "DENY": true, "CONNECT": true, "TLS_FAILURE": true, "H2_HANDSHAKE_FAILURE": true, "NETWORK_POLICY": true, "IDENTITY_ERROR": true, "CERT_REVOKED": true}
 	for r := OK; r < reasons; r++ {
 		switch {
 		case r.String() == "" || names[r.String()]:

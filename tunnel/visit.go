@@ -6,7 +6,6 @@ import (
 
 	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/hbone"
-	"github.com/ztun/ztun/tunnel/identity"
 	"github.com/ztun/ztun/tunnel/splice"
 	"github.com/ztun/ztun/xds/mesh"
 )
@@ -35,7 +34,7 @@ type visit struct {
 	watch func(error) // hears that the source gave up; nil once answered
 
 	// Set by the host before it answers.
-	peer identity.ID
+	peer *certs.Certificate
 }
 
 // errDeclined is the answer of a host that does not want to be reached in
@@ -112,15 +111,16 @@ func (p *Pod) receive(v *visit) {
 		return
 	}
 	cert, ok := p.certs.Current(s.workload.Identity)
-	if !ok || !p.proofs.hold(cert, v.cert) {
+	if !ok || !p.proofs.hold(cert, v.cert, p.cfg.Revocations.Revision()) {
 		v.answer(nil, errDeclined)
 		return
 	}
-	v.peer = cert.ID
+	v.peer = cert
 	p.connected(&connect{
 		answerer:  v,
 		authority: v.route.Authority,
 		peer:      v.cert.ID,
+		certs:     [2]*certs.Certificate{cert, v.cert},
 		remote:    v.client,
 		local:     v.route.Dial,
 		host:      v.hostname(),
@@ -146,18 +146,20 @@ func (v *visit) describe() hbone.Baggage {
 // proofs remember which neighbours' certificates agree with the pod's own, since
 // to verify a chain costs as much as a handshake.
 type proofs struct {
-	own   *certs.Certificate
-	peers map[*certs.Certificate]bool
+	own      *certs.Certificate
+	revision uint64 // of the revocation lists
+	peers    map[*certs.Certificate]bool
 }
 
 // maxProofs bounds proofs; each rotation of a neighbour's certificate leaves one behind.
 const maxProofs = 1024
 
 // hold reports whether a handshake between client and own, as the server,
-// would succeed. Both are live: what was proven of them stays so.
-func (p *proofs) hold(own, client *certs.Certificate) bool {
-	if p.own != own || len(p.peers) >= maxProofs {
-		p.own, p.peers = own, make(map[*certs.Certificate]bool)
+// would succeed. Both are live: what was proven of them stays so until the
+// revocation lists change.
+func (p *proofs) hold(own, client *certs.Certificate, revision uint64) bool {
+	if p.own != own || p.revision != revision || len(p.peers) >= maxProofs {
+		p.own, p.revision, p.peers = own, revision, make(map[*certs.Certificate]bool)
 	}
 	if !p.peers[client] && certs.Agree(client, own) == nil {
 		p.peers[client] = true

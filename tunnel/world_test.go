@@ -136,7 +136,8 @@ func wire(x, y *splicetest.Loop) (a, b splice.End) {
 
 // certSource issues what it is asked for, unless it is told not to.
 type certSource struct {
-	ca *certstest.CA
+	ca    *certstest.CA
+	lists *certs.Revocations // of what it issues; nil: none
 
 	mu      sync.Mutex
 	have    map[identity.ID]*certs.Certificate
@@ -174,9 +175,17 @@ func (s *certSource) Get(ctx context.Context, id identity.ID, _ certs.Priority) 
 		return nil, certs.ErrUnavailable
 	}
 	if s.have[id] == nil {
-		s.have[id] = s.ca.Issue(id)
+		s.have[id] = s.ca.Issue(id).WithRevocations(s.lists)
 	}
 	return s.have[id], nil
+}
+
+// renew forgets the certificate of id and issues another.
+func (s *certSource) renew(id identity.ID) {
+	s.mu.Lock()
+	delete(s.have, id)
+	s.mu.Unlock()
+	s.Prefetch(id)
 }
 
 // put tells the mesh of workloads, services and policies.

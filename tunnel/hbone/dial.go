@@ -1,6 +1,7 @@
 package hbone
 
 import (
+	"errors"
 	"net/netip"
 	"time"
 
@@ -66,6 +67,11 @@ func (d *dial) ready(t *TLS) {
 	e := d.entry
 	p := e.pool
 	peer, err := certs.PeerID(t.State())
+	proof := proofOf(p.cfg.Revocations, t, d.cert)
+	if err == nil {
+		// Between the handshake and now the lists may have changed unseen by CutRevoked.
+		err = p.cfg.Revocations.Check(proof)
+	}
 	if err != nil {
 		t.Reset(err)
 		t.Close()
@@ -73,7 +79,7 @@ func (d *dial) ready(t *TLS) {
 		return
 	}
 	d.done()
-	c := &conn{entry: e, cert: d.cert, peer: peer, used: time.Now()}
+	c := &conn{entry: e, cert: d.cert, peer: peer, proof: proof, used: time.Now()}
 	cfg := p.cfg.H2
 	cfg.Client = true
 	cfg.OnStream = nil
@@ -96,10 +102,26 @@ func (d *dial) ready(t *TLS) {
 // other attempt before somebody asks again.
 func (d *dial) fail(err error) {
 	stage := d.stage
+	if revoked(err) {
+		d.entry.pool.cfg.Revocations.Rejected(certs.Source)
+	}
 	d.done()
 	d.entry.pool.stats.DialFails.Add(1)
 	d.entry.fail(&ConnectError{stage, err})
 	d.entry.release()
+}
+
+// proofOf keeps what the peer of t has shown, if that can matter later.
+func proofOf(r *certs.Revocations, t *TLS, own *certs.Certificate) *certs.Proof {
+	if r == nil {
+		return nil
+	}
+	return certs.NewProof(t.State(), own, time.Now())
+}
+
+func revoked(err error) bool {
+	_, ok := errors.AsType[*certs.RevokedError](err)
+	return ok
 }
 
 // done makes room for the next dial.

@@ -58,6 +58,9 @@ type PoolConfig struct {
 	Dialer       Dialer
 	Handshakes   *Handshakes
 	Certificates *Certificates
+	// Revocations are asked again about live connections, by CutRevoked; nil:
+	// nothing is revoked. In handshakes the certificates' own are asked.
+	Revocations *certs.Revocations
 	// H2 is for every connection; Client and the callbacks are set by the Pool.
 	// H2.MaxStreams (100) is how many streams share a connection.
 	H2 h2.Config
@@ -180,6 +183,19 @@ func (p *Pool) Retire(gone func(Target) bool) {
 		}
 		for _, c := range slices.Clone(e.conns) {
 			c.retire()
+		}
+	}
+}
+
+// CutRevoked ends, at once, every connection to a peer that has been revoked
+// since its handshake. Its streams fail with a *certs.RevokedError.
+func (p *Pool) CutRevoked() {
+	for _, e := range p.entries {
+		for _, c := range slices.Clone(e.conns) {
+			if err := p.cfg.Revocations.Check(c.proof); err != nil {
+				p.cfg.Revocations.Rejected(certs.Source)
+				c.h2.Close(err)
+			}
 		}
 	}
 }
@@ -364,9 +380,10 @@ type conn struct {
 	h2      *h2.Conn
 	cert    *certs.Certificate
 	peer    identity.ID
-	used    time.Time // when a stream was last opened, or seen open
-	proven  bool      // has answered a CONNECT
-	retired bool      // opens no more streams
+	proof   *certs.Proof // nil: nothing can be revoked
+	used    time.Time    // when a stream was last opened, or seen open
+	proven  bool         // has answered a CONNECT
+	retired bool         // opens no more streams
 }
 
 // retire opens no more streams; the connection ends after the last one.

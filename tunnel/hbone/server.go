@@ -21,6 +21,9 @@ type ServerConfig struct {
 	// on the loop, perhaps before TLS returns, unless cancel is called before;
 	// cancel may be nil once it has run.
 	TLS func(done func(*tls.Config, error)) (cancel func())
+	// Revocations are asked again about live connections, by CutRevoked; nil:
+	// nothing is revoked. In handshakes the certificates' own are asked.
+	Revocations *certs.Revocations
 	// H2 is for every connection; Client and the callbacks are set by the
 	// Server.
 	H2 h2.Config
@@ -114,6 +117,17 @@ func (s *Server) Drain() {
 	}
 }
 
+// CutRevoked ends, at once, every connection of a peer that has been revoked
+// since its handshake. Its streams fail with a *certs.RevokedError.
+func (s *Server) CutRevoked() {
+	for c := range s.conns {
+		if err := s.cfg.Revocations.Check(c.proof); err != nil {
+			s.cfg.Revocations.Rejected(certs.Destination)
+			c.h2.Close(err)
+		}
+	}
+}
+
 // Close ends everything at once.
 func (s *Server) Close() {
 	s.closed = true
@@ -147,9 +161,10 @@ type serverConn struct {
 	server        *Server
 	remote, local netip.AddrPort
 	peer          identity.ID
-	end           splice.End // until the handshake owns it
-	stop          func()     // ends the wait for a certificate, or the handshake
-	h2            *h2.Conn   // once the handshake is over
+	end           splice.End   // until the handshake owns it
+	stop          func()       // ends the wait for a certificate, or the handshake
+	h2            *h2.Conn     // once the handshake is over
+	proof         *certs.Proof // with h2; nil: nothing can be revoked
 	ended         bool
 }
 
@@ -177,12 +192,20 @@ func (c *serverConn) handshake(cfg *tls.Config, err error) {
 	c.stop = s.cfg.Handshakes.Start(s.cfg.Loop, end, AsServer, cfg, c.local, c.remote, func(t *TLS, err error) {
 		if err == nil {
 			c.peer, err = certs.PeerID(t.State())
+			c.proof = proofOf(s.cfg.Revocations, t, nil)
+			if err == nil {
+				// Between the handshake and now the lists may have changed unseen by CutRevoked.
+				err = s.cfg.Revocations.Check(c.proof)
+			}
 			if err != nil {
 				t.Reset(err)
 				t.Close()
 			}
 		}
 		if err != nil {
+			if revoked(err) {
+				s.cfg.Revocations.Rejected(certs.Destination)
+			}
 			c.fail(&ConnectError{StageHandshake, err})
 			return
 		}
