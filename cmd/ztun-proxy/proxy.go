@@ -39,15 +39,16 @@ type proxy struct {
 	log   *slog.Logger
 	ready admin.Readiness
 
-	traffic    *telemetry.Traffic
-	engine     *netstack.Engine
-	handshakes *hbone.Handshakes
-	store      *mesh.Store
-	xds        *xds.Client
-	ca         *certs.IstioCA
-	certs      *certs.Manager
-	pods       *pods
-	agent      *zds.Client
+	traffic     *telemetry.Traffic
+	engine      *netstack.Engine
+	handshakes  *hbone.Handshakes
+	store       *mesh.Store
+	xds         *xds.Client
+	ca          *certs.IstioCA
+	revocations *certs.Revocations // Nil: no list was named.
+	certs       *certs.Manager
+	pods        *pods
+	agent       *zds.Client
 
 	quit     chan struct{} // Closed by the admin server.
 	quitOnce sync.Once
@@ -83,7 +84,7 @@ func (p *proxy) build() (err error) {
 	p.ready.Set(taskPods, false)
 
 	p.traffic = telemetry.NewTraffic(p.logs)
-	p.store = mesh.NewStore(mesh.Config{LocalNode: cfg.Node.Name, TrustDomain: cfg.Node.TrustDomain})
+	p.store = mesh.NewStore(meshConfig(cfg))
 	if p.xds, err = xds.New(p.xdsConfig()); err != nil {
 		return err
 	}
@@ -101,8 +102,15 @@ func (p *proxy) build() (err error) {
 	if p.ca, err = certs.NewIstioCA(ca); err != nil {
 		return err
 	}
+	if path := cfg.Certs.CRLPath; path != "" {
+		p.revocations, err = certs.NewRevocations(certs.RevocationsConfig{Path: path, Log: p.logs.Logger("crl")})
+		if err != nil {
+			return err
+		}
+	}
 	p.certs = certs.NewManager(certs.Config{
-		CA: p.ca, TTL: cfg.Certs.TTL, PQCOnly: cfg.Certs.PostQuantumOnly, Log: p.logs.Logger("identity"),
+		CA: p.ca, TTL: cfg.Certs.TTL, PQCOnly: cfg.Certs.PostQuantumOnly, Revocations: p.revocations,
+		Log: p.logs.Logger("identity"),
 	})
 	p.handshakes = hbone.NewHandshakes(hbone.HandshakesConfig{})
 	p.engine, err = netstack.New(netstack.Config{Readers: cfg.Readers, Keepalive: keepalive(cfg.Keepalive), Log: p.logs.Logger("netstack")})
@@ -119,6 +127,10 @@ func (p *proxy) build() (err error) {
 	})
 	return nil
 }
+
+// meshConfig leaves the trust domain of workloads that name none alone: istiod
+// leaves cluster.local out and names every other. TRUST_DOMAIN is the proxy's own.
+func meshConfig(cfg *config.Config) mesh.Config { return mesh.Config{LocalNode: cfg.Node.Name} }
 
 // keepalive is that of every connection, of either leg.
 func keepalive(c config.Keepalive) netstack.Keepalive {
@@ -170,7 +182,7 @@ func (p *proxy) newPods() *pods {
 		engine: p.engine, traffic: p.traffic, log: p.logs.Logger("proxy"), policyLog: p.logs.Logger("state"),
 		running: map[*pod]struct{}{}, ended: map[string]uint64{},
 		config: tunnel.Config{
-			Mesh: p.store, Certs: p.certs, Handshakes: p.handshakes,
+			Mesh: p.store, Certs: p.certs, Revocations: p.revocations, Handshakes: p.handshakes,
 			Neighbours:        neighbours,
 			NoResponseBaggage: h.NoBaggage,
 			PolicyInfo:        p.cfg.Log.PolicyInfo,
@@ -185,6 +197,9 @@ func (p *proxy) metrics(out *telemetry.Writer) *telemetry.Metrics {
 	m := telemetry.NewMetrics(p.cfg.Node.Metadata["ISTIO_VERSION"])
 	m.Add(p.traffic)
 	m.XDS(p.xds.Stats)
+	if p.revocations != nil {
+		m.Revocations(p.revocations.Stats)
+	}
 	m.Gauge("workload_manager_active_proxy_count",
 		"The total number current workloads with active proxies (unstable).",
 		func() float64 { return float64(p.agent.Stats().Active) })

@@ -33,6 +33,9 @@ func (p *proxy) serve(out *telemetry.Writer) error {
 	}
 	p.services.Go(func() { p.end("xds", p.xds.Run(services)) })
 	p.services.Go(func() { p.end("certificates", p.certs.Run(services)) })
+	if p.revocations != nil {
+		p.services.Go(func() { p.end("revocations", p.revocations.Run(services)) })
+	}
 	p.services.Go(func() { p.followMesh(services) })
 	p.services.Go(func() { giveBack(services) })
 	p.ready.Set(taskProxy, true)

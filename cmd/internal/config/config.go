@@ -119,6 +119,9 @@ type Certs struct {
 	TTL time.Duration
 	// PostQuantumOnly leaves X25519MLKEM768 as the only key exchange.
 	PostQuantumOnly bool
+	// CRLPath is a file of certificates that their issuers have revoked. It is
+	// read again when it changes, and need not be there. "": none
+	CRLPath string
 }
 
 // HBONE is what ztun tells its peers, and the limits of the pool.

@@ -87,8 +87,8 @@ func TestChart(t *testing.T) {
 	if d.ZtunnelIdentity == nil || *d.ZtunnelIdentity != "spiffe://cluster.local/ns/istio-system/sa/ztunnel" {
 		t.Errorf("identity in the dump = %v", d.ZtunnelIdentity)
 	}
-	if !slices.ContainsFunc(c.Notes, func(s string) bool { return strings.Contains(s, "CRL_PATH") }) {
-		t.Errorf("notes = %q, want one about CRL_PATH", c.Notes)
+	if d.CRLPath == nil || *d.CRLPath != "/nowhere/ca-crl.pem" || c.Certs.CRLPath != *d.CRLPath {
+		t.Errorf("CRL path = %q, in the dump %v", c.Certs.CRLPath, d.CRLPath)
 	}
 }
 
@@ -227,10 +227,6 @@ func TestDrain(t *testing.T) {
 }
 
 func TestRefused(t *testing.T) {
-	crl := filepath.Join(t.TempDir(), "crl.pem")
-	if err := os.WriteFile(crl, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
 	for _, tt := range []struct{ env, want string }{
 		{"PROXY_MODE=dedicated", "not supported"},
 		{"PROXY_MODE=other", "neither shared nor dedicated"},
@@ -240,7 +236,6 @@ func TestRefused(t *testing.T) {
 		{"LOCAL_XDS_PATH=/x.yaml", "not read"},
 		{"XDS_ON_DEMAND=true", "DNS capture"},
 		{"UNSTABLE_ENABLE_SOCKS5=true", "SOCKS5"},
-		{"CRL_PATH=" + crl, "revoked"},
 		{"XDS_ADDRESS=", "needs a control plane"},
 		{"CA_ADDRESS=", "needs a control plane"},
 		{"XDS_ADDRESS=http://istiod:15010", "only https"},

@@ -123,6 +123,7 @@ func (c *Config) Dump() Dump {
 		XDSHeaders:             redactHeaders(c.XDS.Headers),
 		CAHeaders:              redactHeaders(c.CA.Headers),
 		IPv6Enabled:            !c.Node.IPv4Only,
+		CRLPath:                optional(c.Certs.CRLPath),
 		EnableEnhancedBaggage:  !c.HBONE.NoBaggage,
 		PostQuantumKeyExchange: "preferred",
 		SameNodeJoin:           !c.HBONE.NoJoin,

@@ -255,6 +255,7 @@ func (l *loader) dataPlane() {
 	c := l.cfg
 	set(l, "INPOD_UDS", &c.AgentSocket, parseString)
 	set(l, "SECRET_TTL", &c.Certs.TTL, nonZero(parseDuration))
+	set(l, "CRL_PATH", &c.Certs.CRLPath, parseString)
 	set(l, "HTTP2_STREAM_WINDOW_SIZE", &c.HBONE.StreamWindow, nonZero(parseUint[uint32](32)))
 	set(l, "HTTP2_CONNECTION_WINDOW_SIZE", &c.HBONE.ConnectionWindow, nonZero(parseUint[uint32](32)))
 	set(l, "HTTP2_FRAME_SIZE", &c.HBONE.FrameSize, nonZero(parseUint[uint32](32)))

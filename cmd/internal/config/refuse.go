@@ -2,7 +2,6 @@ package config
 
 import (
 	"errors"
-	"os"
 	"strconv"
 	"strings"
 )
@@ -41,14 +40,6 @@ func (l *loader) refusals() {
 	}
 	if l.flag("UNSTABLE_ENABLE_SOCKS5", false) {
 		refuse("UNSTABLE_ENABLE_SOCKS5", "there is no SOCKS5 listener")
-	}
-	if crl := l.env["CRL_PATH"]; crl != "" {
-		// The chart names the path whether or not a list is there.
-		if _, err := os.Stat(crl); err == nil {
-			refuse("CRL_PATH", "revocation lists are not supported yet: starting would accept revoked certificates")
-		} else {
-			l.note("CRL_PATH names no file; revocation lists are not supported yet")
-		}
 	}
 }
 

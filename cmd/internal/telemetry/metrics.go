@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/common/expfmt"
 
+	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/xds"
 )
 
@@ -71,6 +72,17 @@ func (c *counters) Collect(out chan<- prometheus.Metric) {
 			out <- prometheus.MustNewConstMetric(c.desc, prometheus.CounterValue, float64(n), value)
 		}
 	}
+}
+
+// Revocations adds the metrics of revocation lists.
+func (m *Metrics) Revocations(read func() certs.RevocationStats) {
+	m.Counters("istio_crl_policy_rejections_total",
+		"The total number of peers refused or cut since their certificates are revoked (unstable).", "reporter",
+		func() map[string]uint64 { return read().Rejected })
+	m.Gauge("ztun_crl_lists", "Revocation lists in force (unstable).", func() float64 { return float64(read().Lists) })
+	m.Gauge("ztun_crl_lists_expired", "Revocation lists in force that have expired (unstable).",
+		func() float64 { return float64(read().Expired) })
+	m.Gauge("ztun_crl_entries", "Certificates that are revoked (unstable).", func() float64 { return float64(read().Revoked) })
 }
 
 // XDS adds the metrics of the control plane's client.

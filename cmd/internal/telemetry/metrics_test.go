@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/ztun/ztun/tunnel"
+	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/hbone"
 	"github.com/ztun/ztun/tunnel/identity"
 	"github.com/ztun/ztun/xds"
@@ -360,5 +361,22 @@ func TestContentType(t *testing.T) {
 		if got := ContentType(accept); got != want {
 			t.Errorf("ContentType(%q) = %q, want %q", accept, got, want)
 		}
+	}
+}
+
+func TestRevocationMetrics(t *testing.T) {
+	m := NewMetrics("")
+	stats := certs.RevocationStats{Rejected: map[string]uint64{"source": 2, "destination": 0}, Lists: 3, Revoked: 40, Expired: 1}
+	m.Revocations(func() certs.RevocationStats { return stats })
+	lines := encode(t, m)
+	for _, want := range []string{
+		`istio_crl_policy_rejections_total{reporter="source"} 2`, "ztun_crl_lists 3", "ztun_crl_lists_expired 1", "ztun_crl_entries 40",
+	} {
+		if !has(lines, want) {
+			t.Errorf("no %s among %q", want, lines)
+		}
+	}
+	if has(lines, `reporter="destination"`) {
+		t.Error("what never happened is shown")
 	}
 }
