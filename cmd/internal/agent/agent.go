@@ -289,6 +289,29 @@ func (a *Agent) Delete(ctx context.Context, uid string) error {
 	}
 }
 
+// Forget is Delete for a pod that has ended: its namespace, which is gone or
+// going, is not touched, and stays captured for as long as it exists. Before
+// Run it is done at once.
+func (a *Agent) Forget(ctx context.Context, uid string) error {
+	a.mu.Lock()
+	w := a.workers[uid]
+	if w == nil {
+		a.mu.Unlock()
+		return nil
+	}
+	if a.ctx == nil {
+		defer a.mu.Unlock()
+		if err := errors.Join(a.server.Delete(ctx, uid), a.store.remove(uid)); err != nil {
+			return err
+		}
+		delete(a.workers, uid)
+		return nil
+	}
+	a.mu.Unlock()
+	w.setEnded()
+	return a.Delete(ctx, uid)
+}
+
 // Wait returns once the pod has reached Served, or with the reason why it has
 // not when ctx ends.
 func (a *Agent) Wait(ctx context.Context, uid string) error {

@@ -497,3 +497,72 @@ func TestWaitAndRunRefuse(t *testing.T) {
 		t.Errorf("Wait = %v, want the cause", err)
 	}
 }
+
+// TestForgetLeavesNamespaceAlone: a pod that has ended is nobody's, and what
+// may still run in it stays captured.
+func TestForgetLeavesNamespaceAlone(t *testing.T) {
+	n, ns := newNode(t), podNS(t)
+	proxy := n.startProxy()
+	n.set(podIn(ns, "u"))
+	n.wait("u")
+	if err := n.agent.Forget(t.Context(), "u"); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := proxy.workload("u"); ok || !captured(ns) || len(n.agent.Status()) != 0 {
+		t.Errorf("after Forget the proxy serves it: %v, captured: %v, status: %+v", ok, captured(ns), n.agent.Status())
+	}
+	if entries, _ := os.ReadDir(filepath.Join(n.dir, "state", "pods")); len(entries) != 0 {
+		t.Errorf("left in the state: %v", entries)
+	}
+	if err := n.agent.Forget(t.Context(), "u"); err != nil {
+		t.Errorf("an unknown pod: %v", err)
+	}
+	n.set(podIn(ns, "u"))
+	n.wait("u")
+	n.delete("u")
+	if captured(ns) {
+		t.Error("a pod that is wanted again after Forget stays captured after Delete")
+	}
+}
+
+// TestForgetBeforeRun: no proxy hears of a pod that ended while no agent ran.
+func TestForgetBeforeRun(t *testing.T) {
+	n, ns := newNode(t), podNS(t)
+	n.set(podIn(ns, "u"))
+	eventually(t, "attached", func() bool { return n.status("u").Phase == Attached })
+	n.stop()
+	a, err := New(Config{StateDir: filepath.Join(n.dir, "state"), Socket: n.socket()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(a.Status()) != 1 {
+		t.Fatalf("the new agent knows %+v", a.Status())
+	}
+	if err := a.Forget(t.Context(), "u"); err != nil {
+		t.Fatal(err)
+	}
+	if got := a.server.State("u"); got.Set || len(a.Status()) != 0 {
+		t.Errorf("after Forget: %+v, %+v", got, a.Status())
+	}
+	if entries, _ := os.ReadDir(filepath.Join(n.dir, "state", "pods")); len(entries) != 0 {
+		t.Errorf("left in the state: %v", entries)
+	}
+	_ = a.listener.Close()
+}
+
+// TestWaitIsForWhatWasSetLast: a pod whose sandbox was made again is served
+// only once the new one is.
+func TestWaitIsForWhatWasSetLast(t *testing.T) {
+	n, first := newNode(t), podNS(t)
+	n.startProxy()
+	n.set(podIn(first, "u"))
+	n.wait("u")
+	for i := range 5 {
+		again := podNS(t)
+		n.set(podIn(again, "u"))
+		n.wait("u")
+		if !captured(again) {
+			t.Fatalf("sandbox %d: Wait returned before it was captured", i)
+		}
+	}
+}

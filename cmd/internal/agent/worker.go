@@ -43,6 +43,7 @@ type worker struct {
 	// mu guards the fields below.
 	mu      sync.Mutex
 	wanted  *Pod // nil: out of the mesh.
+	ended   bool // What is not wanted has ended: its namespace is left alone.
 	last    Pod  // As last wanted, for the status.
 	state   *podnet.State
 	phase   Phase
@@ -82,12 +83,25 @@ func (w *worker) want(p *Pod) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.wanted = p
-	if p != nil {
-		w.last = *p
-	} else {
+	switch {
+	case p == nil:
 		w.phase = Detaching
+	case w.phase == Detaching || !p.equal(&w.last):
+		// Who waits, waits for what is wanted now.
+		w.phase = Attaching
+	}
+	if p != nil {
+		w.last, w.ended = *p, false
 	}
 	w.kick()
+}
+
+// setEnded makes the next detaching leave the namespace alone, unless the pod
+// is wanted again.
+func (w *worker) setEnded() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.ended = true
 }
 
 func (w *worker) unwanted() bool {
@@ -218,6 +232,7 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 	st := w.agent.server.State(w.uid)
 	same := w.attached != nil && w.current.equal(&p)
 	if same && st.Set && !st.Stale && (st.Device || !w.free()) {
+		w.setAttached(p)
 		return nil
 	}
 	ns := w.drop()
@@ -239,14 +254,21 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 	w.attached, w.current = a, p
 	w.mu.Lock()
 	w.live = a.Attachment
-	if w.wanted != nil {
-		w.phase = Attached
-	}
 	w.mu.Unlock()
+	w.setAttached(p)
 	watchCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
 	a.stop = stop
 	a.watched.Go(func() { w.watch(watchCtx, a) })
 	return nil
+}
+
+// setAttached says that the pod is captured as p says, if that is still wanted.
+func (w *worker) setAttached(p Pod) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.wanted != nil && w.wanted.equal(&p) {
+		w.phase = Attached
+	}
 }
 
 // free reports whether a device that an earlier agent gave away can be had
@@ -424,10 +446,14 @@ func (w *worker) onChange(a *attachment, p Pod, c podnet.Change) {
 // its sockets, then the rules. done: the worker is no longer needed.
 func (w *worker) detach(ctx context.Context) (done bool, err error) {
 	w.mu.Lock()
-	state, p := w.state, w.last
+	state, p, ended := w.state, w.last, w.ended
 	w.mu.Unlock()
 	ns := w.drop()
-	if ns == nil {
+	if ended && ns != nil {
+		_ = ns.Close()
+		ns = nil
+	}
+	if ns == nil && !ended {
 		if ns, err = podnet.OpenNetns(p.Netns); err != nil && !errors.Is(err, podnet.ErrGone) {
 			return false, err
 		}
