@@ -1,0 +1,54 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strings"
+)
+
+// programs the machine must have, and the Debian package of each.
+var programs = map[string]string{
+	"go":       "golang, or https://go.dev/dl",
+	"nft":      "nftables",
+	"iptables": "iptables",
+	"mount":    "mount",
+	"nice":     "coreutils",
+}
+
+// Needs says everything that the machine lacks, in one error. withDownloads
+// asks also for what only the first run needs.
+func Needs(withDownloads bool) error {
+	var errs []error
+	if os.Getuid() != 0 {
+		errs = append(errs, errors.New("root: namespaces, mounts and cgroups of nodes; run `sudo make e2e`"))
+	}
+	path := os.Getenv("PATH")
+	for name, from := range programs {
+		if _, err := exec.LookPath(name); err != nil {
+			errs = append(errs, fmt.Errorf("%s (%s), not in PATH=%s", name, from, path))
+		}
+	}
+	if withDownloads {
+		for _, name := range []string{"apt-get", "dpkg"} {
+			if _, err := exec.LookPath(name); err != nil {
+				errs = append(errs, fmt.Errorf("%s: containerd, runc and the CNI plugins come as Debian packages (unpacked, not installed)", name))
+			}
+		}
+	}
+	if _, err := os.Stat("/dev/net/tun"); err != nil {
+		errs = append(errs, fmt.Errorf("the kernel's TUN driver: %w", err))
+	}
+	systems, err := os.ReadFile("/proc/filesystems")
+	if err != nil {
+		errs = append(errs, err)
+	}
+	if !strings.Contains(string(systems), "\toverlay\n") {
+		errs = append(errs, errors.New("overlayfs in the kernel: modprobe overlay"))
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return fmt.Errorf("this machine lacks:\n%w", errors.Join(errs...))
+}

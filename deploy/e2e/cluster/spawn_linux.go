@@ -1,0 +1,156 @@
+package cluster
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A run is four kinds of process, all the same program:
+//
+//	outer   the caller's: builds, then starts init in new mount, pid and net namespaces
+//	init    process 1 of those: reaps what daemons leave, dies with outer
+//	inside  runs the cluster and the tests
+//	node    one for each node, in mount and net namespaces of its own
+//
+// When outer ends, whatever ended it, the kernel kills init, with it all
+// processes, and with them mounts and networks.
+const (
+	roleVar   = "ZTUN_E2E_ROLE"
+	configVar = "ZTUN_E2E_CONFIG"
+)
+
+// Role does the work of this process if it is one that the run itself started
+// and not the one with the tests; it does not return then. inside says that
+// the tests are to run here, with the returned preparation.
+func Role() (p Prepared, inside bool) {
+	var err error
+	switch os.Getenv(roleVar) {
+	case "":
+		return p, false
+	case "init":
+		err = initRole()
+	case "node":
+		err = nodeRole()
+	case "inside":
+		if err = json.Unmarshal([]byte(os.Getenv(configVar)), &p); err == nil {
+			return p, true
+		}
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		os.Exit(exit.ExitCode())
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "e2e: %s: %v\n", os.Getenv(roleVar), err)
+		os.Exit(1)
+	}
+	os.Exit(0)
+	return p, false
+}
+
+// again is this program with the same arguments in another role.
+func again(role string, config any) (*exec.Cmd, error) {
+	text, err := json.Marshal(config)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), roleVar+"="+role, configVar+"="+string(text))
+	return cmd, nil
+}
+
+// Enclose runs this program again inside namespaces of its own and returns its exit status.
+func Enclose(p Prepared) (int, error) {
+	p.Owner = os.Getpid()
+	sweepCgroups(0)
+	cmd, err := again("init", p)
+	if err != nil {
+		return 1, err
+	}
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = nil, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET,
+		Pdeathsig:  syscall.SIGKILL, // of the thread that starts it
+	}
+	runtime.LockOSThread()
+	if err := cmd.Start(); err != nil {
+		return 1, fmt.Errorf("e2e: new namespaces: %w", err)
+	}
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
+	go func() {
+		for range signals {
+			_ = cmd.Process.Kill()
+		}
+	}()
+	err = cmd.Wait()
+	// The kernel ends the processes of a pid namespace before Wait returns, yet their cgroups empty a little later.
+	for range 50 {
+		sweepCgroups(p.Owner)
+		if len(leftCgroups(p.Owner)) == 0 {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		if code := exit.ExitCode(); code > 0 {
+			return code, nil
+		}
+		return 1, fmt.Errorf("e2e: the run was ended: %w", err)
+	}
+	return 0, err
+}
+
+// initRole makes the namespaces private, starts the tests and reaps until they end.
+func initRole() error {
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("mounts of its own: %w", err)
+	}
+	for _, m := range []struct{ kind, to string }{{"proc", "/proc"}, {"tmpfs", "/run"}, {"tmpfs", workDir}} {
+		if err := unix.Mount(m.kind, m.to, m.kind, 0, ""); err != nil {
+			return fmt.Errorf("mount %s on %s: %w", m.kind, m.to, err)
+		}
+	}
+	var p Prepared
+	if err := json.Unmarshal([]byte(os.Getenv(configVar)), &p); err != nil {
+		return err
+	}
+	cmd, err := again("inside", p)
+	if err != nil {
+		return err
+	}
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, 0, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("wait: %w", err)
+		}
+		if pid == cmd.Process.Pid {
+			if status.Signaled() {
+				os.Exit(128 + int(status.Signal()))
+			}
+			os.Exit(status.ExitStatus())
+		}
+	}
+}
+
+func nodeAttributes() *syscall.SysProcAttr {
+	return &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}
+}
