@@ -56,6 +56,9 @@ func readRoots(source string) (string, error) {
 		return source, nil
 	}
 	text, err := readFile(source, maxRootsFile)
+	if err == nil && !strings.Contains(text, "-----BEGIN CERTIFICATE") {
+		err = fmt.Errorf("%s: no certificate in it", source)
+	}
 	if err != nil {
 		return "", fmt.Errorf("read root certificates: %w", err)
 	}

@@ -14,9 +14,13 @@ import (
 // Manager.mu guards all but id.
 type entry struct {
 	id       identity.ID
+	born     time.Time
 	cert     *Certificate // the last one fetched; may have expired
 	err      error        // of the last fetch
+	tried    time.Time    // the end of the last fetch
 	failures int          // in a row
+	forming  bool         // the failure is what one expects of a new pod
+	told     complaint    // what was logged of the failures
 	due      time.Time    // of the next fetch
 	priority Priority     // of the next fetch
 	gone     error        // why it was dropped
@@ -28,6 +32,34 @@ type entry struct {
 	// changed is closed when a fetch ended, and then replaced, or when the
 	// entry was dropped.
 	changed chan struct{}
+}
+
+// A complaint is a line of the log that is not repeated for a while.
+type complaint struct {
+	text string
+	at   time.Time
+}
+
+// news reports whether err is to be logged at now.
+func (c *complaint) news(err error, now time.Time) bool {
+	text := err.Error()
+	if c.text == text && now.Sub(c.at) < remindEvery {
+		return false
+	}
+	*c = complaint{text, now}
+	return true
+}
+
+// outcome is what somebody who asks gets; done is false as long as they have to
+// wait.
+func (e *entry) outcome(now time.Time) (cert *Certificate, err error, done bool) {
+	switch {
+	case e.valid(now):
+		return e.cert, nil, true
+	case e.err != nil && !e.forming:
+		return nil, e.unavailable(), true
+	}
+	return nil, nil, false
 }
 
 func (e *entry) valid(now time.Time) bool { return e.cert != nil && !e.cert.expired(now) }
@@ -44,7 +76,7 @@ func (e *entry) status(now time.Time) Status {
 	switch {
 	case e.valid(now):
 		s.State, s.Cert = "Available", e.cert
-	case e.err != nil:
+	case e.err != nil && !e.forming:
 		s.State = "Unavailable: " + e.err.Error()
 	}
 	return s

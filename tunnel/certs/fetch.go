@@ -2,9 +2,14 @@ package certs
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 // dispatch starts the fetches that there is work and a place for, and returns
@@ -50,10 +55,15 @@ func (m *Manager) fetch(ctx context.Context, e *entry) {
 	}
 	e.cancel = nil
 	now := time.Now()
+	level := slog.LevelWarn
 	if err == nil {
 		e.succeeded(cert, now)
+		m.retryLocked(now, unreachable)
 	} else {
-		e.failed(err, now)
+		e.failed(err, now, m.cfg.QuietFor)
+		if e.forming || !e.told.news(err, now) {
+			level = slog.LevelDebug
+		}
 	}
 	m.later.add(e)
 	close(e.changed)
@@ -63,7 +73,7 @@ func (m *Manager) fetch(ctx context.Context, e *entry) {
 
 	log := m.cfg.Log.With("identity", e.id, "took", now.Sub(start))
 	if err != nil {
-		log.Warn("certificate not fetched", "error", err, "failures", failures, "retry_in", retry)
+		log.Log(ctx, level, "certificate not fetched", "error", err, "failures", failures, "retry_in", retry)
 		return
 	}
 	log.Info("certificate fetched", "serial", cert.Leaf.SerialNumber.String(), "not_after", cert.NotAfter, "roots", len(cert.Roots))
@@ -87,7 +97,7 @@ func (m *Manager) sign(ctx context.Context, e *entry) (*Certificate, error) {
 		err = parsed.check(e.id, &key.PublicKey, time.Now())
 	}
 	if err != nil {
-		return nil, fmt.Errorf("certs: answer of CA: %w", err)
+		return nil, fmt.Errorf("certs: answer of %s: %w", m.place(), err)
 	}
 	if roots := parsed.roots; roots.skipped > 0 {
 		m.cfg.Log.Warn("roots of CA skipped: they do not parse", "identity", e.id, "skipped", roots.skipped, "used", len(roots.certs))
@@ -100,23 +110,45 @@ func (m *Manager) sign(ctx context.Context, e *entry) (*Certificate, error) {
 	return cert, nil
 }
 
+// place names the CA for errors.
+func (m *Manager) place() string {
+	if s, ok := m.cfg.CA.(fmt.Stringer); ok {
+		return s.String()
+	}
+	return "CA"
+}
+
+// unreachable reports whether err is of a CA that did not answer: when it
+// answers one request it may answer all.
+func unreachable(err error) bool {
+	code := status.Code(err)
+	return code == codes.Unavailable || code == codes.DeadlineExceeded || errors.Is(err, errFetchTimeout)
+}
+
 // succeeded sets when e is fetched again: at half of its life, or, if it is
 // older than that already (a short life, a CA that dates back, a slow clock),
 // at half of what is left, but never without a pause.
 func (e *entry) succeeded(cert *Certificate, now time.Time) {
 	e.cert, e.err, e.priority, e.failures = cert, nil, Background, 0
+	e.tried, e.forming, e.told = now, false, complaint{}
 	if e.due = cert.refreshAt(); !e.due.After(now) {
 		e.due = now.Add(max(cert.NotAfter.Sub(now)/2, firstRetry))
 	}
 }
 
 // failed sets when e is tried again; an old certificate serves on meanwhile,
-// and when it ends one more try is due at once.
-func (e *entry) failed(err error, now time.Time) {
-	e.err = err
+// and when it ends one more try is due at once. So it is at the end of the time
+// that a new identity may be unknown.
+func (e *entry) failed(err error, now time.Time, quietFor time.Duration) {
+	e.err, e.tried = err, now
 	e.failures++
 	e.due = now.Add(retryIn(e.failures))
 	e.priority = Warmup
+	end := e.born.Add(quietFor)
+	e.forming = e.cert == nil && now.Before(end) && status.Code(err) == codes.Unauthenticated
+	if e.forming && end.Before(e.due) {
+		e.due = end
+	}
 	if e.valid(now) {
 		e.priority = Background
 		if e.cert.NotAfter.Before(e.due) {

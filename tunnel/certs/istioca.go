@@ -96,6 +96,7 @@ type IstioCA struct {
 	mu     sync.Mutex
 	link   *link  // nil: none yet, or the last one failed
 	roots  string // of the last link
+	told   complaint
 	closed bool
 }
 
@@ -114,6 +115,9 @@ func NewIstioCA(cfg IstioCAConfig) (*IstioCA, error) {
 	c.host, c.hostPort, _ = cfg.hostPort()
 	return c, nil
 }
+
+// String names the CA for errors.
+func (c *IstioCA) String() string { return "istio CA " + c.hostPort }
 
 // Sign implements CA.
 func (c *IstioCA) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time.Duration) ([][]byte, error) {
@@ -207,11 +211,15 @@ func (c *IstioCA) acquire() (*link, error) {
 	if err == nil {
 		err = c.connectLocked(text)
 	}
-	if err != nil {
+	if err == nil {
+		c.told = complaint{}
+	} else {
 		if c.roots == "" {
 			return nil, err
 		}
-		c.cfg.Log.Warn("root certificates of the CA not reloaded; the earlier ones serve on", "error", err)
+		if c.told.news(err, time.Now()) {
+			c.cfg.Log.Warn("root certificates of the CA not reloaded; the earlier ones serve on", "error", err)
+		}
 		if err := c.connectLocked(c.roots); err != nil {
 			return nil, err
 		}

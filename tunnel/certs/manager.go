@@ -41,6 +41,7 @@ type Config struct {
 	FetchTimeout  time.Duration // for each fetch; 0: 20 s
 	MaxIdentities int           // held at a time; 0: 4096
 	MaxWaiters    int           // Gets that wait at a time; 0: 16384
+	QuietFor      time.Duration // how long a new identity may be unknown to the CA; 0: 10 s
 	PQCOnly       bool          // X25519MLKEM768 is the only key exchange
 	Revocations   *Revocations  // of peers; nil: none is revoked
 	Log           *slog.Logger  // nil: discard
@@ -53,6 +54,9 @@ const (
 	maxRetry    = 150 * time.Second
 	retryJitter = 0.2
 )
+
+// remindEvery is how often one failure that goes on is logged.
+const remindEvery = 5 * time.Minute
 
 // maxSleep bounds how late a renewal is after the wall clock was set, or the
 // machine slept: certificates live by the wall clock, timers do not.
@@ -95,6 +99,7 @@ func NewManager(cfg Config) *Manager {
 	setDefault(&cfg.FetchTimeout, 20*time.Second)
 	setDefault(&cfg.MaxIdentities, 4096)
 	setDefault(&cfg.MaxWaiters, 16384)
+	setDefault(&cfg.QuietFor, 10*time.Second)
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
@@ -142,7 +147,10 @@ func (m *Manager) Run(ctx context.Context) error {
 }
 
 // Get returns the certificate of id, waiting for the first fetch to end if it
-// must. While an identity is unavailable it returns the last error at once.
+// must. While an identity is unavailable it returns the last error at once. A
+// CA learns of a new pod a little later than we do and refuses it until then
+// (codes.Unauthenticated), which looks like any other refusal: during the first
+// Config.QuietFor of an identity that is no answer, and no line in the log.
 // A fetch that waits for its turn is raised to p.
 func (m *Manager) Get(ctx context.Context, id identity.ID, p Priority) (*Certificate, error) {
 	e, changed, cert, err := m.ask(id, p)
@@ -181,6 +189,34 @@ func (m *Manager) Prefetch(id identity.ID) {
 	if err != nil {
 		m.cfg.Log.Warn("certificate not prefetched", "identity", id, "error", err)
 	}
+}
+
+// Retry tries all those again soon whose last fetch failed: the CA may be back.
+// It may be called as often as one likes.
+func (m *Manager) Retry() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.retryLocked(time.Now(), func(error) bool { return true })
+}
+
+// retryLocked puts off no longer, but spreads a little, what failed in a way
+// that again reports true for.
+func (m *Manager) retryLocked(now time.Time, again func(error) bool) {
+	for _, e := range m.entries {
+		if e.err == nil || e.queue != &m.later || !again(e.err) {
+			continue
+		}
+		due := e.tried.Add(firstRetry) // Whoever calls, the CA is not run over.
+		if due.Before(now) {
+			due = now
+		}
+		if due = due.Add(rand.N(firstRetry)); due.Before(e.due) {
+			m.later.remove(e)
+			e.due = due
+			m.later.add(e)
+		}
+	}
+	m.wakeUp()
 }
 
 // Forget drops id, its certificate and its fetch. Those who wait for it fail
@@ -222,14 +258,13 @@ func (m *Manager) ask(id identity.ID, p Priority) (*entry, <-chan struct{}, *Cer
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	e, err := m.wantLocked(id, p)
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, nil, nil, err
-	case e.valid(time.Now()):
-		return nil, nil, e.cert, nil
-	case e.err != nil:
-		return nil, nil, nil, e.unavailable()
-	case m.waiters >= m.cfg.MaxWaiters:
+	}
+	if cert, err, done := e.outcome(time.Now()); done {
+		return nil, nil, cert, err
+	}
+	if m.waiters >= m.cfg.MaxWaiters {
 		return nil, nil, nil, ErrBusy
 	}
 	m.waiters++
@@ -250,7 +285,7 @@ func (m *Manager) wantLocked(id identity.ID, p Priority) (*entry, error) {
 		if len(m.entries) >= m.cfg.MaxIdentities {
 			return nil, ErrBusy
 		}
-		e = &entry{id: id, due: time.Now(), changed: make(chan struct{})}
+		e = &entry{id: id, born: time.Now(), due: time.Now(), changed: make(chan struct{})}
 		m.entries[id] = e
 	}
 	if !e.valid(time.Now()) && e.err == nil {
@@ -270,13 +305,11 @@ func (m *Manager) leave() {
 func (m *Manager) outcome(e *entry) (changed <-chan struct{}, cert *Certificate, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	switch {
-	case e.gone != nil:
+	if e.gone != nil {
 		return nil, nil, fmt.Errorf("certs: wait for %v: %w", e.id, e.gone)
-	case e.valid(time.Now()):
-		return nil, e.cert, nil
-	case e.err != nil:
-		return nil, nil, e.unavailable()
+	}
+	if cert, err, done := e.outcome(time.Now()); done {
+		return nil, cert, err
 	}
 	return e.changed, nil, nil
 }
