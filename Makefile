@@ -29,6 +29,8 @@ demo: build ## show a mesh of two nodes on this machine, and check every claim
 
 test: needs ## run all tests; kernel tests run in namespaces of their own
 	$(GO) test $(TESTFLAGS) ./...
+	cd deploy/image && $(GO) test $(TESTFLAGS) ./...
+	cd deploy/e2e && $(GO) test $(TESTFLAGS) ./chart
 
 # What the tests call besides Go. As root on Debian missing tools are
 # installed; everybody else is told the one command.
@@ -47,6 +49,7 @@ fmt-check:
 
 vet:
 	$(GO) vet ./...
+	cd deploy/image && $(GO) vet ./...
 
 staticcheck:
 	$(GO) tool staticcheck ./...
@@ -103,10 +106,9 @@ demo-nobody:
 	chmod 0666 /dev/net/tun; chmod 0755 $$dir; install -m 0755 $(BIN)/ztun $(BIN)/ztun-proxy $$dir/; \
 	echo "$$dir/ztun lab demo (as uid 65534)"; cd /; $(NOBODY) $$dir/ztun lab demo
 
-image: ## build the image FROM scratch with docker
-	@command -v docker >/dev/null || { echo "building an image needs docker (https://docs.docker.com/engine/install/)" >&2; exit 1; }
-	@docker info >/dev/null 2>&1 || { echo "docker is installed but its daemon does not answer: sudo systemctl start docker" >&2; exit 1; }
-	docker build --build-arg VERSION=$(VERSION) -t $(IMAGE):$(VERSION) .
+ARCHES  ?= amd64,arm64
+image: ## build the image into bin/image, without docker: IMAGE=name VERSION=tag ARCHES=amd64,arm64
+	cd deploy/image && $(GO) run . -source ../.. -out ../../$(BIN)/image -name $(IMAGE) -version $(VERSION) -arch $(ARCHES)
 
 clean: ## remove bin/
 	rm -rf $(BIN)
