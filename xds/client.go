@@ -2,6 +2,7 @@ package xds
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
@@ -22,6 +24,10 @@ const (
 	maxDelay = 15 * time.Second
 	// A stream that lived this long was a good one: the next attempt comes at once.
 	goodStream = 10 * time.Second
+	// For so long after the start nothing that fails is a warning.
+	quietStart = 5 * time.Second
+	// A failure that goes on is logged so often.
+	remindEvery = 5 * time.Minute
 )
 
 // A Client keeps one stream to the control plane, see the package.
@@ -36,9 +42,15 @@ type Client struct {
 	counters counters
 
 	// Owned by Run; the subscriptions' counters are atomic.
-	subs    []*subscription
-	streams int // Opened or tried, for the log.
-	isReady bool
+	subs     []*subscription
+	streams  int // Opened or tried, for the log.
+	isReady  bool
+	began    time.Time
+	answered bool           // By any stream.
+	roots    *x509.CertPool // Of the last connection.
+	hasRoots bool           // A nil pool means the system's.
+	ends     complaint
+	rootEnds complaint
 }
 
 // New checks the configuration. Nothing happens before Run.
@@ -72,6 +84,7 @@ func (c *Client) Ready() <-chan struct{} { return c.ready }
 // once. What the handlers hold survives a lost stream.
 func (c *Client) Run(ctx context.Context) error {
 	delay := minDelay
+	c.began = time.Now()
 	for {
 		c.streams++
 		started := time.Now()
@@ -80,23 +93,34 @@ func (c *Client) Run(ctx context.Context) error {
 			return context.Cause(ctx)
 		}
 		c.counters.terminations[end].Add(1)
-		lived := time.Since(started)
+		now := time.Now()
+		lived := now.Sub(started)
 		if delay = min(2*delay, maxDelay); lived >= goodStream && end != ConnectionError {
 			delay = minDelay
 		}
-		c.logEnd(end, err, lived, delay)
+		c.log.Log(ctx, c.level(end, err, now), "stream to the control plane ended",
+			"id", c.streams, "reason", end.String(), slog.Any("error", err), "lived", lived, "retry_within", delay)
 		// Every path comes through here: nothing reconnects without a pause.
 		c.sleep(ctx, delay/2+rand.N(delay/2+1))
 	}
 }
 
-func (c *Client) logEnd(end Termination, err error, lived, delay time.Duration) {
-	level := slog.LevelWarn
-	if end == Reconnect || end == Complete {
-		level = slog.LevelInfo
+// level is that of the line for the end of a stream. An ordinary end is no
+// news; what goes on failing is told now and then; and for a moment after the
+// start nobody is to be alarmed, since the control plane may not have heard of
+// our pod yet, nor our node of its Service.
+func (c *Client) level(end Termination, err error, now time.Time) slog.Level {
+	quiet := !c.answered && now.Sub(c.began) < quietStart
+	switch {
+	case end == Reconnect || end == Complete:
+		return slog.LevelInfo
+	case quiet && c.ends.text == "":
+		c.ends.text = "at the start" // Whatever it is, it is told again.
+		return slog.LevelInfo
+	case quiet || !c.ends.news(err, now):
+		return slog.LevelDebug
 	}
-	c.log.Log(context.Background(), level, "stream to the control plane ended",
-		"id", c.streams, "reason", end.String(), slog.Any("error", err), "lived", lived, "retry_within", delay)
+	return slog.LevelWarn
 }
 
 func sleep(ctx context.Context, d time.Duration) {
@@ -111,7 +135,7 @@ func sleep(ctx context.Context, d time.Duration) {
 // stream opens one stream and serves it until it ends. One goroutine does all
 // of it: each response is applied and answered before the next is read.
 func (c *Client) stream(ctx context.Context) (Termination, error) {
-	conn, err := c.config.connect()
+	conn, err := c.connect()
 	if err != nil {
 		return Error, err
 	}
@@ -130,7 +154,22 @@ func (c *Client) stream(ctx context.Context) (Termination, error) {
 	defer c.counters.connected.Store(false)
 	c.log.Info("stream to the control plane opened", "id", c.streams, "address", c.config.Address)
 	err = c.serve(stream)
-	return classify(err), fmt.Errorf("xds: stream: %w", err)
+	return classify(err), fmt.Errorf("xds: stream to %s: %w", c.config.Address, err)
+}
+
+// connect prepares a connection with the roots as they are now, or else as
+// they were.
+func (c *Client) connect() (*grpc.ClientConn, error) {
+	roots, err := loadRoots(c.config.RootCA)
+	switch {
+	case err == nil:
+		c.roots, c.hasRoots, c.rootEnds = roots, true, complaint{}
+	case !c.hasRoots:
+		return nil, err
+	case c.rootEnds.news(err, time.Now()):
+		c.log.Warn("root certificates of the control plane not reloaded; the earlier ones serve on", "error", err)
+	}
+	return c.config.connect(c.roots)
 }
 
 // authorize adds what every request carries.
@@ -163,10 +202,16 @@ func (c *Client) serve(stream deltaStream) error {
 			return err
 		}
 	}
-	for {
+	for first := true; ; first = false {
 		resp, err := stream.Recv()
 		if err != nil {
 			return err
+		}
+		if first {
+			c.answered, c.ends = true, complaint{}
+			if c.config.Answered != nil {
+				c.config.Answered()
+			}
 		}
 		if err := send(stream, c.handle(resp)); err != nil {
 			return err
@@ -241,4 +286,26 @@ func classify(err error) Termination {
 		}
 	}
 	return Error
+}
+
+// A complaint is a line of the log that is not repeated for a while.
+type complaint struct {
+	text string
+	at   time.Time
+}
+
+// news reports whether err is to be logged at now. Numbers make no difference:
+// most are ports.
+func (c *complaint) news(err error, now time.Time) bool {
+	text := strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, err.Error())
+	if c.text == text && now.Sub(c.at) < remindEvery {
+		return false
+	}
+	*c = complaint{text, now}
+	return true
 }

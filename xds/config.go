@@ -6,10 +6,12 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io/fs"
+	"io"
 	"log/slog"
 	"net"
+	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -22,8 +24,8 @@ import (
 // Config is what a Client needs. Address, RootCA and at least one subscription
 // are required; every other zero value is a usable default.
 type Config struct {
-	Address     string      // HOST:PORT or https://HOST:PORT
-	RootCA      string      // A path (read again at each connect), SYSTEM, or PEM text.
+	Address     string      // HOST:PORT, or https://HOST with :PORT unless it is 443
+	RootCA      string      // A path (read again at each connect, the last usable one serves on), SYSTEM, or PEM text.
 	AltHostname string      // A second name that the server's certificate may have.
 	TLS12       bool        // Allow TLS 1.2.
 	PQCOnly     bool        // X25519MLKEM768 is the only key exchange.
@@ -36,8 +38,12 @@ type Config struct {
 	Limits        Limits
 	Log           *slog.Logger // Default: nothing is logged.
 
-	// Dial makes the connection under TLS. Default: TCP, 5 s to connect, keepalive.
+	// Dial makes the connection under TLS. Default: TCP, 5 s to connect, keepalive;
+	// a name is resolved at each attempt.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
+	// Answered is called by Run when a stream has had its first response: the
+	// control plane is there. It must not wait. May be nil.
+	Answered func()
 }
 
 // Limits bounds what one subscription may make us hold. What goes beyond is
@@ -55,7 +61,23 @@ const (
 	maxName            = 4 << 10
 	maxVersion         = 1 << 10
 	maxNackMessage     = 16 << 10
+	maxToken           = 64 << 10
+	maxRoots           = 4 << 20
 )
+
+// readFile reads a file of at most limit bytes.
+func readFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	b, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(b)) > limit {
+		err = fmt.Errorf("%s: over %d bytes", path, limit)
+	}
+	return b, err
+}
 
 // A TokenSource returns the bearer token for one request.
 type TokenSource func() (string, error)
@@ -64,7 +86,7 @@ type TokenSource func() (string, error)
 // the token is dropped.
 func TokenFile(path string) TokenSource {
 	return func() (string, error) {
-		b, err := os.ReadFile(path)
+		b, err := readFile(path, maxToken)
 		if err != nil {
 			return "", fmt.Errorf("xds: read token: %w", err)
 		}
@@ -82,7 +104,12 @@ func StaticToken(token string) TokenSource {
 }
 
 func (c *Config) setDefaults() {
-	c.Address = strings.TrimPrefix(c.Address, "https://")
+	if host, ok := strings.CutPrefix(c.Address, "https://"); ok {
+		c.Address = strings.TrimSuffix(host, "/")
+		if u, err := url.Parse("https://" + c.Address); err == nil && u.Port() == "" && u.Hostname() != "" {
+			c.Address = net.JoinHostPort(u.Hostname(), "443")
+		}
+	}
 	if c.Limits.Resources == 0 {
 		c.Limits.Resources = 1_000_000
 	}
@@ -102,8 +129,10 @@ func (c *Config) setDefaults() {
 
 func (c *Config) validate() error {
 	var problems []error
-	if _, _, err := net.SplitHostPort(c.Address); err != nil {
+	if host, port, err := net.SplitHostPort(c.Address); err != nil {
 		problems = append(problems, fmt.Errorf("address: %w", err))
+	} else if _, err := strconv.ParseUint(port, 10, 16); err != nil || host == "" {
+		problems = append(problems, fmt.Errorf("address %.256q: want https://HOST:PORT", c.Address))
 	}
 	if c.RootCA == "" {
 		problems = append(problems, errors.New("no root CA"))
@@ -152,10 +181,10 @@ func dialTCP(ctx context.Context, address string) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", address)
 }
 
-// connect prepares a connection with the roots as they are now; gRPC dials
-// when the stream is opened.
-func (c *Config) connect() (*grpc.ClientConn, error) {
-	tc, err := c.tls()
+// connect prepares a connection that trusts roots; gRPC dials when the stream
+// is opened.
+func (c *Config) connect(roots *x509.CertPool) (*grpc.ClientConn, error) {
+	tc, err := c.tls(roots)
 	if err != nil {
 		return nil, err
 	}
@@ -171,11 +200,7 @@ func (c *Config) connect() (*grpc.ClientConn, error) {
 	)
 }
 
-func (c *Config) tls() (*tls.Config, error) {
-	roots, err := loadRoots(c.RootCA)
-	if err != nil {
-		return nil, err
-	}
+func (c *Config) tls(roots *x509.CertPool) (*tls.Config, error) {
 	host, _, err := net.SplitHostPort(c.Address)
 	if err != nil {
 		return nil, fmt.Errorf("xds: address: %w", err)
@@ -226,19 +251,17 @@ func loadRoots(source string) (*x509.CertPool, error) {
 	if source == "SYSTEM" {
 		return nil, nil
 	}
-	pem, err := os.ReadFile(source)
-	switch {
-	case err == nil:
-	case strings.Contains(source, "-----BEGIN"):
-		pem = []byte(source)
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("xds: root CA: no such file and not PEM: %.64q", source)
-	default:
-		return nil, fmt.Errorf("xds: read root CA: %w", err)
+	pem, place := []byte(source), "the setting"
+	if !strings.Contains(source, "-----BEGIN") {
+		var err error
+		if pem, err = readFile(source, maxRoots); err != nil {
+			return nil, fmt.Errorf("xds: read root CA: %w", err)
+		}
+		place = source
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(pem) {
-		return nil, errors.New("xds: root CA: no certificate in it")
+		return nil, fmt.Errorf("xds: root CA: no certificate in %s", place)
 	}
 	return pool, nil
 }

@@ -1,0 +1,462 @@
+package xds
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"golang.org/x/net/dns/dnsmessage"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/encoding"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/mem"
+	"google.golang.org/grpc/status"
+)
+
+// A logBook is a log that can be read while it is written.
+type logBook struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (l *logBook) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+// above returns the lines above INFO.
+func (l *logBook) above() (lines []string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range strings.Lines(l.b.String()) {
+		if strings.Contains(line, "level=WARN") || strings.Contains(line, "level=ERROR") {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+func (l *logBook) logger() *slog.Logger { return slog.New(slog.NewTextHandler(l, nil)) }
+
+// serveOn serves s on l, with options, as name, whose root it writes.
+func (s *server) serveOn(l net.Listener, name string, options ...grpc.ServerOption) (stop func()) {
+	s.t.Helper()
+	cert, root := newCertificate(s.t, name)
+	s.write("root.pem", root)
+	options = append(options, grpc.Creds(credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"h2"}})))
+	g := grpc.NewServer(options...)
+	discoveryv3.RegisterAggregatedDiscoveryServiceServer(g, s)
+	done := make(chan struct{})
+	go func() { defer close(done); _ = g.Serve(l) }()
+	stop = sync.OnceFunc(func() { g.Stop(); <-done })
+	s.t.Cleanup(stop)
+	return stop
+}
+
+func listen(t *testing.T, addr string) net.Listener {
+	t.Helper()
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return l
+}
+
+// istiod closes each connection after half an hour, as gRPC servers do.
+func TestMaxConnectionAgeIsInvisible(t *testing.T) {
+	s := &server{t: t, streams: make(chan *stream), dir: t.TempDir()}
+	s.write("token", []byte("secret"))
+	l := listen(t, "127.0.0.1:0")
+	s.serveOn(l, "istiod.test", grpc.KeepaliveParams(keepalive.ServerParameters{
+		MaxConnectionAge: 400 * time.Millisecond, MaxConnectionAgeGrace: 100 * time.Millisecond}))
+	a := newBook()
+	var log logBook
+	var answered atomic.Int32
+	config := s.config(Subscription{typeA, a})
+	config.Log, config.Answered = log.logger(), func() { answered.Add(1) }
+	config.Dial = func(ctx context.Context, _ string) (net.Conn, error) { return dialTCP(ctx, l.Addr().String()) }
+	r := start(t, config)
+	want := map[string]string(nil)
+	for n := range 4 {
+		st := s.accept()
+		st.want("what is held, and no more", &request{TypeUrl: typeA, InitialResourceVersions: want})
+		st.send(&response{TypeUrl: typeA, Nonce: "1", Resources: []*resource{added("x", fmt.Sprint(n), fmt.Sprint("X", n))}})
+		st.want("ack", &request{TypeUrl: typeA, ResponseNonce: "1"})
+		want = map[string]string{"x": fmt.Sprint(n)}
+		r.slept(t) // Nobody but the server ended it.
+		a.want(t, "nothing is lost in between", map[string]string{"x": fmt.Sprint("X", n)})
+	}
+	if got := r.Stats().Terminations; got["Reconnect"]+got["Complete"] != 4 {
+		t.Errorf("terminations = %v", got)
+	}
+	if lines := log.above(); len(lines) > 0 {
+		t.Errorf("logged %q", lines)
+	}
+	if n := answered.Load(); n != 4 {
+		t.Errorf("Answered was called %d times for 4 streams", n)
+	}
+}
+
+// raw sends what it is given as the bytes of a message.
+type raw struct{}
+
+func (raw) Marshal(v any) (mem.BufferSlice, error) {
+	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil
+}
+func (raw) Unmarshal(data mem.BufferSlice, v any) error {
+	*v.(*[]byte) = data.Materialize()
+	return nil
+}
+func (raw) Name() string { return "proto" }
+
+var _ encoding.CodecV2 = raw{}
+
+// Whatever comes instead of an answer: one clear warning, what is held is kept,
+// and the next attempt is served.
+func TestGarbageFromIstiod(t *testing.T) {
+	garble := func(messages ...[]byte) grpc.ServerOption {
+		return grpc.StreamInterceptor(func(_ any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, _ grpc.StreamHandler) error {
+			for _, m := range messages {
+				if err := ss.SendMsg(m); err != nil {
+					return err
+				}
+			}
+			<-ss.Context().Done()
+			return nil
+		})
+	}
+	for name, tt := range map[string]struct {
+		serve func(s *server, l net.Listener) (stop func())
+		says  string
+	}{
+		"bytes instead of a message": {func(s *server, l net.Listener) func() {
+			return s.serveOn(l, "istiod.test", grpc.ForceServerCodecV2(raw{}), garble([]byte("\xff\xff\xff\xff garbage")))
+		}, "unmarshal"},
+		"no TLS": {func(s *server, l net.Listener) func() {
+			return s.play(l, func(c net.Conn) { _, _ = c.Write([]byte("HTTP/1.1 400 Bad Request\r\n\r\n")) })
+		}, "istiod.test"},
+		"a hang-up": {func(s *server, l net.Listener) func() { return s.play(l, func(net.Conn) {}) }, "istiod.test"},
+		"another service": {func(s *server, l net.Listener) func() {
+			return s.serveOn(l, "istiod.test", grpc.StreamInterceptor(func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
+				return status.Error(codes.Unimplemented, "unknown service")
+			}))
+		}, "unknown service"},
+		"a refusal": {func(s *server, l net.Listener) func() {
+			return s.serveOn(l, "istiod.test", grpc.StreamInterceptor(func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
+				return status.Error(codes.Unauthenticated, "authentication failure")
+			}))
+		}, "authentication failure"},
+		"another server": {func(s *server, l net.Listener) func() { return s.serveOn(l, "other.test") }, "other.test"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := &server{t: t, streams: make(chan *stream), dir: t.TempDir()}
+			s.write("token", []byte("secret"))
+			l := listen(t, "127.0.0.1:0")
+			addr := l.Addr().String()
+			stop := s.serveOn(l, "istiod.test")
+			var log logBook
+			a := newBook()
+			config := s.config(Subscription{typeA, a})
+			config.Log = log.logger()
+			config.Dial = func(ctx context.Context, _ string) (net.Conn, error) { return dialTCP(ctx, addr) }
+			r := start(t, config)
+			st := s.accept()
+			st.want("first", &request{TypeUrl: typeA})
+			st.send(&response{TypeUrl: typeA, Nonce: "1", Resources: []*resource{added("x", "1", "X")}})
+			st.want("ack", &request{TypeUrl: typeA, ResponseNonce: "1"})
+			stop()
+			stop = tt.serve(s, listen(t, addr))
+			for range 5 {
+				r.slept(t)
+			}
+			stop()
+			a.want(t, "what is held is kept", map[string]string{"x": "X"})
+			lines := log.above()
+			named := 0
+			for _, line := range lines {
+				if strings.Contains(line, tt.says) {
+					named++
+				}
+			}
+			// The end of the first server, and that nobody listened in between, may be two more.
+			if named == 0 || len(lines) > 4 || !strings.Contains(lines[len(lines)-1], "istiod.test") {
+				t.Errorf("%d of %d lines say %q: %q", named, len(lines), tt.says, lines)
+			}
+			s.serveOn(listen(t, addr), "istiod.test")
+			for {
+				select {
+				case <-r.sleeps:
+					continue
+				case st = <-s.streams:
+				case <-time.After(patience):
+					t.Fatal("no stream with an istiod that is right again")
+				}
+				break
+			}
+			st.want("what is held", &request{TypeUrl: typeA, InitialResourceVersions: map[string]string{"x": "1"}})
+		})
+	}
+}
+
+// play hands each connection to a server that is none.
+func (s *server) play(l net.Listener, serve func(net.Conn)) (stop func()) {
+	var conns sync.WaitGroup
+	conns.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			serve(c)
+			_ = c.Close()
+		}
+	})
+	return func() { _ = l.Close(); conns.Wait() }
+}
+
+func TestAddress(t *testing.T) {
+	for given, want := range map[string]string{
+		"istiod.istio-system.svc:15012":          "istiod.istio-system.svc:15012",
+		"https://istiod.istio-system.svc:15012":  "istiod.istio-system.svc:15012",
+		"https://istiod.istio-system.svc:15012/": "istiod.istio-system.svc:15012",
+		"https://istiod.example.com":             "istiod.example.com:443",
+		"https://[fd00::1]":                      "[fd00::1]:443",
+		"https://[fd00::1]:15012":                "[fd00::1]:15012",
+		"https://istiod:http":                    "",
+		"https://":                               "",
+		"istiod":                                 "",
+		":15012":                                 "",
+		"http://istiod:15012":                    "",
+	} {
+		c, err := New(Config{Address: given, RootCA: "SYSTEM", Subscriptions: []Subscription{{typeA, newBook()}}})
+		switch {
+		case want == "" && err == nil:
+			t.Errorf("%s: taken as %s", given, c.config.Address)
+		case want != "" && (err != nil || c.config.Address != want):
+			t.Errorf("%s: %v, want %s", given, err, want)
+		}
+	}
+}
+
+// A nameserver answers A queries of one name.
+type nameserver struct {
+	conn    net.PacketConn
+	done    chan struct{}
+	queries atomic.Int32
+	mu      sync.Mutex
+	address [4]byte // zero: there is no such name
+}
+
+// useNameserver makes this process resolve by it.
+func useNameserver(t *testing.T) *nameserver {
+	t.Helper()
+	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &nameserver{conn: conn, done: make(chan struct{})}
+	go n.serve()
+	old := net.DefaultResolver
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "udp", conn.LocalAddr().String())
+	}}
+	t.Cleanup(func() {
+		net.DefaultResolver = old
+		_ = conn.Close()
+		<-n.done
+	})
+	return n
+}
+
+func (n *nameserver) set(address [4]byte) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.address = address
+}
+
+func (n *nameserver) serve() {
+	defer close(n.done)
+	buf := make([]byte, 1500)
+	for {
+		size, from, err := n.conn.ReadFrom(buf)
+		if err != nil {
+			return
+		}
+		var m dnsmessage.Message
+		if m.Unpack(buf[:size]) != nil || len(m.Questions) != 1 {
+			continue
+		}
+		q := m.Questions[0]
+		n.mu.Lock()
+		address := n.address
+		n.mu.Unlock()
+		m.Response, m.Authoritative, m.Additionals = true, true, nil
+		switch {
+		case address == [4]byte{} || !strings.HasPrefix(q.Name.String(), "istiod.istio-system.svc."):
+			m.RCode = dnsmessage.RCodeNameError
+		case q.Type == dnsmessage.TypeA:
+			n.queries.Add(1)
+			m.Answers = []dnsmessage.Resource{{
+				Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 3600},
+				Body:   &dnsmessage.AResource{A: address},
+			}}
+		}
+		if out, err := m.Pack(); err == nil {
+			_, _ = n.conn.WriteTo(out, from)
+		}
+	}
+}
+
+// The name is asked for at each attempt, whatever its TTL: istiod may have moved.
+func TestNameIsResolvedAtEachAttempt(t *testing.T) {
+	names := useNameserver(t)
+	s := &server{t: t, streams: make(chan *stream), dir: t.TempDir()}
+	s.write("token", []byte("secret"))
+	first := listen(t, "127.0.0.1:0")
+	port := first.Addr().(*net.TCPAddr).Port
+	stop := s.serveOn(first, "istiod.istio-system.svc")
+	var log logBook
+	config := s.config(Subscription{typeA, newBook()})
+	config.Address, config.Log, config.Dial = fmt.Sprintf("https://istiod.istio-system.svc:%d", port), log.logger(), nil
+	r := start(t, config)
+
+	for range 3 {
+		r.slept(t)
+	}
+	if r.isReady() || r.Stats().Terminations["ConnectionError"] < 3 {
+		t.Errorf("without the name: ready %v, %v", r.isReady(), r.Stats().Terminations)
+	}
+	names.set([4]byte{127, 0, 0, 1})
+	st := next(t, r, s)
+	st.want("first", &request{TypeUrl: typeA})
+	st.send(&response{TypeUrl: typeA, Nonce: "1"})
+	st.want("ack", &request{TypeUrl: typeA, ResponseNonce: "1"})
+	asked := names.queries.Load()
+
+	second := listen(t, fmt.Sprintf("127.0.0.2:%d", port))
+	s.serveOn(second, "istiod.istio-system.svc")
+	names.set([4]byte{127, 0, 0, 2})
+	stop()
+	next(t, r, s).want("from where it is now", &request{TypeUrl: typeA})
+	if names.queries.Load() == asked {
+		t.Error("nobody was asked for the name again")
+	}
+}
+
+func next(t *testing.T, r *run, s *server) *stream {
+	t.Helper()
+	for {
+		select {
+		case <-r.sleeps:
+		case st := <-s.streams:
+			return st
+		case <-time.After(patience):
+			t.Fatal("no stream was opened")
+		}
+	}
+}
+
+// What fails at the start, or goes on failing, is told once, and again later.
+func TestLevels(t *testing.T) {
+	c := &Client{began: time.Unix(1000, 0)}
+	refused := errors.New(`lookup istiod: read udp 10.0.0.1:43210->10.0.0.2:53: i/o timeout`)
+	again := errors.New(`lookup istiod: read udp 10.0.0.1:50000->10.0.0.2:53: i/o timeout`)
+	for _, step := range []struct {
+		at   time.Duration
+		end  Termination
+		err  error
+		want slog.Level
+	}{
+		{0, ConnectionError, refused, slog.LevelInfo},
+		{time.Second, ConnectionError, again, slog.LevelDebug},
+		{2 * time.Second, Error, errors.New("unauthenticated"), slog.LevelDebug},
+		{5 * time.Second, ConnectionError, again, slog.LevelWarn},
+		{6 * time.Second, ConnectionError, refused, slog.LevelDebug},
+		{7 * time.Second, Error, errors.New("unauthenticated"), slog.LevelWarn},
+		{8 * time.Second, Error, errors.New("unauthenticated"), slog.LevelDebug},
+		{9 * time.Second, Reconnect, io.EOF, slog.LevelInfo},
+		{5 * time.Minute, Error, errors.New("unauthenticated"), slog.LevelDebug},
+		{6 * time.Minute, Error, errors.New("unauthenticated"), slog.LevelWarn},
+		{7 * time.Minute, Complete, io.EOF, slog.LevelInfo},
+	} {
+		if got := c.level(step.end, step.err, c.began.Add(step.at)); got != step.want {
+			t.Errorf("%v after %v: %v, want %v", step.err, step.at, got, step.want)
+		}
+	}
+	c = &Client{began: time.Unix(1000, 0), answered: true}
+	if got := c.level(Error, refused, c.began); got != slog.LevelWarn {
+		t.Errorf("a stream that was answered, right after the start: %v, want a warning", got)
+	}
+}
+
+// The roots are a mounted ConfigMap, which Kubernetes swaps as a directory, and
+// the token a projected volume, which it swaps alike.
+func TestKubernetesSwapsTheDirectories(t *testing.T) {
+	s := newServer(t)
+	root, err := os.ReadFile(s.path("root.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	versions := 0
+	swap := func(files map[string]string) {
+		t.Helper()
+		versions++
+		version := fmt.Sprintf("..%d", versions)
+		err := os.Mkdir(filepath.Join(dir, version), 0o700)
+		for name, text := range files {
+			err = errors.Join(err, os.WriteFile(filepath.Join(dir, version, name), []byte(text), 0o600))
+		}
+		err = errors.Join(err, os.Symlink(version, filepath.Join(dir, "..tmp")), os.Rename(filepath.Join(dir, "..tmp"), filepath.Join(dir, "..data")))
+		if versions > 1 {
+			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, fmt.Sprintf("..%d", versions-1))))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, name := range []string{"root-cert.pem", "istio-token"} {
+		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(dir, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	swap(map[string]string{"root-cert.pem": string(root), "istio-token": "first"})
+	var log logBook
+	config := s.config(Subscription{typeA, newBook()})
+	config.Log = log.logger()
+	config.RootCA, config.Token = filepath.Join(dir, "root-cert.pem"), TokenFile(filepath.Join(dir, "istio-token"))
+	r := start(t, config)
+	for i, files := range []map[string]string{
+		{"root-cert.pem": string(root), "istio-token": "second"},
+		{"root-cert.pem": "garbage", "istio-token": "third"}, // The earlier roots serve on.
+		{"root-cert.pem": "garbage", "istio-token": "fourth"},
+		{"istio-token": "fifth"},
+	} {
+		st := next(t, r, s)
+		if got, want := st.metadata().Get("authorization"), "Bearer "+[]string{"first", "second", "third", "fourth"}[i]; len(got) != 1 || got[0] != want {
+			t.Errorf("authorization = %q, want %q", got, want)
+		}
+		swap(files)
+		st.end <- nil
+	}
+	next(t, r, s)
+	lines := log.above()
+	if len(lines) != 2 || !strings.Contains(lines[0], "no certificate in "+config.RootCA) || !strings.Contains(lines[1], "no such file") {
+		t.Errorf("logged %q, want a line for the garbage and one for the missing file", lines)
+	}
+}
