@@ -61,7 +61,7 @@ func Up(ctx context.Context, p Prepared) (*Cluster, error) {
 	}
 	for _, s := range steps {
 		if err := s.do(ctx); err != nil {
-			return nil, fmt.Errorf("%w\ne2e: logs are in %s", err, p.Logs)
+			return nil, fmt.Errorf("%w\ne2e: logs are in %s", err, p.LogDir)
 		}
 		progress("%-14s %4.1f s", s.name, time.Since(begin).Seconds())
 	}
@@ -97,11 +97,11 @@ func (c *Cluster) control(ctx context.Context) error {
 		return err
 	}
 	tool := func(name string) string { return filepath.Join(c.Tools, name) }
-	if _, err := start(c.Prepared.Logs, "etcd", nil, tool("etcd"),
+	if _, err := start(c.LogDir, "etcd", nil, tool("etcd"),
 		"--data-dir="+workDir+"/etcd", "--unsafe-no-fsync", "--log-level=warn"); err != nil {
 		return err
 	}
-	apiserver, err := start(c.Prepared.Logs, "kube-apiserver", nil, tool("kube-apiserver"),
+	apiserver, err := start(c.LogDir, "kube-apiserver", nil, tool("kube-apiserver"),
 		"--etcd-servers=http://127.0.0.1:2379", "--bind-address="+hostAddress, "--advertise-address="+hostAddress,
 		"--secure-port=6443", "--cert-dir="+workDir+"/pki", "--service-cluster-ip-range=10.96.0.0/16",
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+workDir+"/sa.pub",
@@ -122,12 +122,12 @@ func (c *Cluster) control(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	if _, err := start(c.Prepared.Logs, "kube-controller-manager", nil, tool("kube-controller-manager"),
+	if _, err := start(c.LogDir, "kube-controller-manager", nil, tool("kube-controller-manager"),
 		"--kubeconfig="+kubeconfig("kcm"), "--bind-address=127.0.0.1", "--service-account-private-key-file="+workDir+"/sa.key",
 		"--root-ca-file="+workDir+"/pki/apiserver.crt", "--use-service-account-credentials", "--leader-elect=false"); err != nil {
 		return err
 	}
-	_, err = start(c.Prepared.Logs, "kube-scheduler", nil, tool("kube-scheduler"),
+	_, err = start(c.LogDir, "kube-scheduler", nil, tool("kube-scheduler"),
 		"--kubeconfig="+kubeconfig("sched"), "--bind-address=127.0.0.1", "--leader-elect=false")
 	return err
 }
@@ -285,7 +285,7 @@ func (c *Cluster) StartIstiod(ctx context.Context) error {
 		"VALIDATION_WEBHOOK_CONFIG_NAME=", "INJECTION_WEBHOOK_CONFIG_NAME=",
 	}
 	var err error
-	c.istiod, err = start(c.Prepared.Logs, "istiod", env, filepath.Join(c.Tools, "pilot-discovery"), "discovery",
+	c.istiod, err = start(c.LogDir, "istiod", env, filepath.Join(c.Tools, "pilot-discovery"), "discovery",
 		"--kubeconfig="+kubeconfig("admin"), "--meshConfig="+mesh, "--networksConfig=/dev/null", "--registries=Kubernetes",
 		"--grpcAddr=", "--secureGRPCAddr="+hostAddress+":15012", "--httpAddr=127.0.0.1:18080", "--httpsAddr=127.0.0.1:15017",
 		"--monitoringAddr=127.0.0.1:15014", "--ctrlz_port=0")

@@ -8,18 +8,18 @@ import (
 	"strings"
 )
 
-// programs the machine must have, and the Debian package of each.
+// programs the machine must have, and where each is from.
 var programs = map[string]string{
+	"apt-get":  "Debian or Ubuntu: containerd, runc and the CNI plugins are their packages, unpacked, not installed",
+	"dpkg":     "the same",
 	"go":       "golang, or https://go.dev/dl",
 	"nft":      "nftables",
 	"iptables": "iptables",
-	"mount":    "mount",
 	"nice":     "coreutils",
 }
 
-// Needs says everything that the machine lacks, in one error. withDownloads
-// asks also for what only the first run needs.
-func Needs(withDownloads bool) error {
+// Needs says everything that the machine lacks, in one error.
+func Needs() error {
 	var errs []error
 	if os.Getuid() != 0 {
 		errs = append(errs, errors.New("root: namespaces, mounts and cgroups of nodes; run `sudo make e2e`"))
@@ -28,13 +28,6 @@ func Needs(withDownloads bool) error {
 	for name, from := range programs {
 		if _, err := exec.LookPath(name); err != nil {
 			errs = append(errs, fmt.Errorf("%s (%s), not in PATH=%s", name, from, path))
-		}
-	}
-	if withDownloads {
-		for _, name := range []string{"apt-get", "dpkg"} {
-			if _, err := exec.LookPath(name); err != nil {
-				errs = append(errs, fmt.Errorf("%s: containerd, runc and the CNI plugins come as Debian packages (unpacked, not installed)", name))
-			}
 		}
 	}
 	if _, err := os.Stat("/dev/net/tun"); err != nil {

@@ -192,7 +192,7 @@ func (c *nodeConfig) daemons() ([]*process, error) {
 			return nil, err
 		}
 	}
-	containerd, err := start(c.Logs, "containerd-"+c.Name, env, bin("containerd"), "-c", "/etc/e2e/containerd.toml")
+	containerd, err := start(c.LogDir, "containerd-"+c.Name, env, bin("containerd"), "-c", "/etc/e2e/containerd.toml")
 	if err != nil {
 		return nil, err
 	}
@@ -220,13 +220,13 @@ func (c *nodeConfig) daemons() ([]*process, error) {
 			return nil, err
 		}
 	}
-	kubelet, err := start(c.Logs, "kubelet-"+c.Name, env, filepath.Join(c.Tools, "kubelet"),
+	kubelet, err := start(c.LogDir, "kubelet-"+c.Name, env, filepath.Join(c.Tools, "kubelet"),
 		"--config=/etc/e2e/kubelet.yaml", "--kubeconfig="+kubeconfig(c.Name), "--node-ip="+c.Address.String(),
 		"--hostname-override="+c.Name, "--v=2")
 	if err != nil {
 		return nil, err
 	}
-	proxy, err := start(c.Logs, "kube-proxy-"+c.Name, env, filepath.Join(c.Tools, "kube-proxy"), "--config=/etc/e2e/kube-proxy.yaml")
+	proxy, err := start(c.LogDir, "kube-proxy-"+c.Name, env, filepath.Join(c.Tools, "kube-proxy"), "--config=/etc/e2e/kube-proxy.yaml")
 	if err != nil {
 		return nil, err
 	}
@@ -309,7 +309,7 @@ func startNode(c nodeConfig) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	log, err := os.Create(filepath.Join(c.Logs, c.Name+".log"))
+	log, err := os.Create(filepath.Join(c.LogDir, c.Name+".log"))
 	if err != nil {
 		return nil, fmt.Errorf("e2e: %w", err)
 	}

@@ -32,7 +32,7 @@ type Prepared struct {
 	Tools  string   // directory of etcd, kube-apiserver ... and the CRDs
 	Debian string   // root that Debian's packages are unpacked in
 	Images []string // archives that every node imports
-	Logs   string   // directory of this run's logs, kept
+	LogDir string   // directory of this run's logs, kept
 	Mode   string   // kube-proxy's: nftables or iptables
 	Owner  int      // pid, outside, of the process that everything ends with
 }
@@ -52,7 +52,7 @@ func Prepare(ctx context.Context, module, logs, mode string) (p Prepared, err er
 		return p, err
 	}
 	defer unlock()
-	p.Mode, p.Logs = mode, logs
+	p.Mode, p.LogDir = mode, logs
 	if p.Debian, err = Debian(ctx, cache); err != nil {
 		return p, err
 	}

@@ -1,0 +1,177 @@
+package e2e
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"github.com/ztun/ztun/deploy/e2e/chart"
+	"github.com/ztun/ztun/deploy/e2e/cluster"
+)
+
+// world is the cluster that all cases share; each keeps to a namespace of its own.
+var world *cluster.Cluster
+
+func TestMain(m *testing.M) {
+	prepared, inside := cluster.Role()
+	flag.Parse()
+	if f := flag.Lookup("test.list"); f != nil && f.Value.String() != "" {
+		os.Exit(m.Run())
+	}
+	var code int
+	var err error
+	if inside {
+		code, err = withCluster(m, prepared)
+	} else {
+		code, err = enclosed()
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
+}
+
+// enclosed prepares, and runs this program again where everything it makes ends with it.
+func enclosed() (int, error) {
+	if err := cluster.Needs(); err != nil {
+		return 1, fmt.Errorf("e2e: %w", err)
+	}
+	module, err := os.Getwd()
+	if err != nil {
+		return 1, err
+	}
+	mode := os.Getenv("MODE")
+	switch mode {
+	case "":
+		mode = "nftables"
+	case "nftables", "iptables":
+	default:
+		return 1, fmt.Errorf("e2e: MODE=%q: kube-proxy runs as nftables or iptables here", mode)
+	}
+	logs := filepath.Join(module, "../../bin/e2e")
+	prepared, err := cluster.Prepare(context.Background(), module, logs, mode)
+	if err != nil {
+		return 1, err
+	}
+	code, err := cluster.Enclose(prepared)
+	if code != 0 || err != nil {
+		fmt.Fprintf(os.Stderr, "e2e: logs of every component are in %s\n", logs)
+	}
+	return code, err
+}
+
+func withCluster(m *testing.M, p cluster.Prepared) (int, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	var err error
+	if world, err = cluster.Up(ctx, p); err != nil {
+		return 1, err
+	}
+	code := m.Run()
+	if err := world.KeepLogs(context.Background()); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+	}
+	table.print(os.Stdout)
+	return code, nil
+}
+
+// table is what a run says at its end: a row for each case.
+var table rows
+
+type rows struct {
+	mu   sync.Mutex
+	rows [][]string
+}
+
+func (r *rows) add(cells ...string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.rows = append(r.rows, cells)
+}
+
+func (r *rows) print(out *os.File) {
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "\nresult\ttime\tcase\tclaim")
+	for _, row := range r.rows {
+		fmt.Fprintln(w, strings.Join(row, "\t"))
+	}
+	w.Flush()
+}
+
+// claim is the first line of each case: what it shows, for the table. The
+// context ends with the case, at the latest after three minutes.
+func claim(t *testing.T, text string) context.Context {
+	t.Helper()
+	begin := time.Now()
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 3*time.Minute, fmt.Errorf("case %s takes too long", t.Name()))
+	t.Cleanup(func() {
+		cancel()
+		result := "ok"
+		switch {
+		case t.Failed():
+			result = "FAILED"
+		case t.Skipped():
+			result = "skipped"
+		}
+		table.add(result, fmt.Sprintf("%.1f s", time.Since(begin).Seconds()), strings.TrimPrefix(t.Name(), "Test"), text)
+	})
+	return ctx
+}
+
+// installed is the chart, on the cluster once, with what it said when it was not.
+var installed = sync.OnceValue(func() error {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Minute, fmt.Errorf("after a minute"))
+	defer cancel()
+	text, err := chartText()
+	if err != nil {
+		return err
+	}
+	if err := world.Apply(ctx, text); err != nil {
+		return err
+	}
+	for _, name := range []string{agentName, proxyName} {
+		if err := world.Rolled(ctx, system, name); err != nil {
+			return err
+		}
+	}
+	return nil
+})
+
+const (
+	system    = "istio-system"
+	proxyName = "ztunnel"
+	agentName = "istio-cni-node"
+)
+
+func chartText() (string, error) {
+	name, tag, _ := strings.Cut(cluster.ZtunImage, ":")
+	manifests, err := chart.Manifests("../chart", chart.Options{Values: map[string]any{
+		"image": name, "tag": tag, "imagePullPolicy": "Never",
+		"resources": map[string]any{"requests": map[string]any{"cpu": "10m", "memory": "64Mi"}},
+		"cni":       map[string]any{"resources": map[string]any{"requests": map[string]any{"cpu": "10m", "memory": "32Mi"}}},
+	}})
+	if err != nil {
+		return "", err
+	}
+	var out strings.Builder
+	for _, m := range manifests {
+		out.WriteString(m.YAML + "\n---\n")
+	}
+	return out.String(), nil
+}
+
+// mesh waits until the chart is installed, or fails the case.
+func mesh(t *testing.T) {
+	t.Helper()
+	if err := installed(); err != nil {
+		t.Fatalf("the chart is not installed: %v", err)
+	}
+}
