@@ -15,7 +15,7 @@ LEGS    ?= .
 NOBODY  := setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/nonexistent
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test ci race fuzz bench soak lint fmt-check vet staticcheck arch image needs demo-nobody clean
+.PHONY: help build demo test ci race fuzz bench soak e2e lint fmt-check vet staticcheck arch image needs demo-nobody clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +89,13 @@ soak: ## a mixed load over bad networks: MINUTES=20 SEED=n ONLY=regexp of worlds
 	@mkdir -p $(BIN)
 	$(GO) test -c -o $(BIN)/soak.test ./cmd/internal/soak
 	nice -n 10 $(BIN)/soak.test -test.run '^TestSoak$$' -test.timeout 0 -minutes $(MINUTES) $(if $(SEED),-seed $(SEED)) $(if $(ONLY),-only '$(ONLY)')
+
+RUN  ?=
+MODE ?= nftables
+e2e: ## ztun on a cluster of two nodes with an unmodified istiod, as root: RUN=regexp of cases, MODE=iptables for kube-proxy
+	@mkdir -p $(BIN)
+	cd deploy/e2e && $(GO) test -c -o ../../$(BIN)/e2e.test .
+	cd deploy/e2e && MODE='$(MODE)' ../../$(BIN)/e2e.test -test.v -test.timeout 60m $(if $(RUN),-test.run '$(RUN)')
 
 ci: export CI = true
 ci: lint arch ## what must hold before a change goes in; .ci/run calls this
