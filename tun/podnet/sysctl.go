@@ -35,7 +35,9 @@ type sysctls struct {
 	write func(path, value string) error
 }
 
-func procSys() sysctls {
+// procSys needs close when it is not used any more.
+func procSys() (s sysctls, close func()) {
+	var own ownProc
 	return sysctls{
 		read: func(p string) (string, bool) {
 			b, err := os.ReadFile("/proc/sys/" + p)
@@ -43,13 +45,16 @@ func procSys() sysctls {
 		},
 		write: func(p, value string) error {
 			f, err := os.OpenFile("/proc/sys/"+p, os.O_WRONLY, 0)
+			if errors.Is(err, unix.EROFS) {
+				f, err = own.open("sys/" + p)
+			}
 			if err != nil {
 				return err
 			}
 			_, err = f.WriteString(value)
 			return errors.Join(err, f.Close())
 		},
-	}
+	}, own.close
 }
 
 // settingsFor decides every sysctl, in the order in which they must be written.
@@ -262,5 +267,9 @@ func (k *kernel) onSysctls(ctx context.Context, f func(s sysctls) error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	return k.inside(func() error { return f(procSys()) })
+	return k.inside(func() error {
+		s, done := procSys()
+		defer done()
+		return f(s)
+	})
 }
