@@ -18,7 +18,7 @@ NOBODY  := setpriv --reuid 65534 --regid 65534 --clear-groups env HOME=/nonexist
 .PHONY: help build demo test ci race fuzz bench soak e2e lint fmt-check vet staticcheck arch image needs demo-nobody clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## build bin/ztun, bin/ztun-proxy ...
 	@mkdir -p $(BIN)
