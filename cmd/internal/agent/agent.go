@@ -154,7 +154,7 @@ func New(cfg Config) (*Agent, error) {
 		// The rest goes on: a file that cannot be read must not stop the node.
 		cfg.Log.Error("state of an earlier agent", "error", err)
 	}
-	l, err := listen(cfg.Socket, cfg.SocketUID, cfg.SocketGID)
+	l, err := Listen(cfg.Socket, cfg.SocketUID, cfg.SocketGID)
 	if err != nil {
 		return nil, err
 	}

@@ -7,9 +7,10 @@ import (
 	"path/filepath"
 )
 
-// listen makes the socket that proxies connect to. It takes the place of an
-// older one at once, and is never open to others, not even for a moment.
-func listen(path string, uid, gid int) (*net.UnixListener, error) {
+// Listen makes a seqpacket socket that proxies connect to, of mode 0600. It
+// takes the place of an older one at once, and is never open to others, not even
+// for a moment. Zero uid and gid leave it to our own user.
+func Listen(path string, uid, gid int) (*net.UnixListener, error) {
 	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket == 0 {
 		return nil, fmt.Errorf("agent: socket: %s exists and is not a socket", path)
 	}

@@ -146,7 +146,7 @@ func TestPodValidate(t *testing.T) {
 func TestListenReplacesSocket(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sub", "agent.sock")
 	for range 2 {
-		l, err := listen(path, 0, 0)
+		l, err := Listen(path, 0, 0)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -166,7 +166,7 @@ func TestListenReplacesSocket(t *testing.T) {
 	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listen(path, 0, 0); err == nil {
+	if _, err := Listen(path, 0, 0); err == nil {
 		t.Error("a file that is not a socket was replaced")
 	}
 }

@@ -46,9 +46,9 @@ func (k *kubelets) own(inode uint32) Owner {
 	defer k.mu.Unlock()
 	fresh := false
 	for {
-		owner := k.lookLocked(inode)
-		if owner == OwnerKubelet || fresh || !k.scanned.IsZero() && time.Since(k.scanned) < rescanAfter {
-			return owner
+		o := k.lookLocked(inode)
+		if o == OwnerKubelet || fresh || !k.scanned.IsZero() && time.Since(k.scanned) < rescanAfter {
+			return o
 		}
 		k.scanLocked()
 		fresh = true

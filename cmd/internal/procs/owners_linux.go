@@ -10,41 +10,21 @@ import (
 
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
+
+	"github.com/ztun/ztun/cmd/internal/owner"
 )
 
-// Owner says who owns a TCP socket of the host.
-type Owner int
+// Owner says who owns a TCP socket of the host, in the words of the proxy's
+// question.
+type Owner = owner.Owner
 
+// What an Owner can be.
 const (
-	// OwnerNone: no process of the host's network namespace does. It is traffic
-	// of somebody else under the host's address (kube-proxy's masquerading), or
-	// the socket is gone.
-	OwnerNone Owner = iota
-	// OwnerLocal: some process of the host that is not the kubelet.
-	OwnerLocal
-	// OwnerKubelet: the kubelet.
-	OwnerKubelet
-	// OwnerUnknown: a process of the host, and it cannot be told which.
-	OwnerUnknown
+	OwnerNone    = owner.None
+	OwnerLocal   = owner.Local
+	OwnerKubelet = owner.Kubelet
+	OwnerUnknown = owner.Unknown
 )
-
-func (o Owner) String() string {
-	switch o {
-	case OwnerNone:
-		return "none"
-	case OwnerLocal:
-		return "local"
-	case OwnerKubelet:
-		return "kubelet"
-	case OwnerUnknown:
-		return "unknown"
-	}
-	return fmt.Sprintf("Owner(%d)", int(o))
-}
-
-// MayProbe says whether a connection with such an owner is a kubelet's probe: a local
-// process owns it and, where that can be told, it is the kubelet.
-func (o Owner) MayProbe() bool { return o == OwnerKubelet || o == OwnerUnknown }
 
 // TCP states (net/tcp_states.h).
 const (
