@@ -17,6 +17,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/ztun/ztun/tunnel/token"
 )
 
 const (
@@ -154,7 +156,14 @@ func (c *Client) stream(ctx context.Context) (Termination, error) {
 	defer c.counters.connected.Store(false)
 	c.log.Info("stream to the control plane opened", "id", c.streams, "address", c.config.Address)
 	err = c.serve(stream)
-	return classify(err), fmt.Errorf("xds: stream to %s: %w", c.config.Address, err)
+	end := classify(err)
+	err = fmt.Errorf("xds: stream to %s: %w", c.config.Address, err)
+	if sent, _ := metadata.FromOutgoingContext(ctx); status.Code(err) == codes.Unauthenticated && len(sent.Get("authorization")) > 0 {
+		// The server does not tell a token that it does not know from one that is
+		// for somebody else.
+		err = fmt.Errorf("%w (%s)", err, token.Describe(strings.TrimPrefix(sent.Get("authorization")[0], bearer), time.Now()))
+	}
+	return end, err
 }
 
 // connect prepares a connection with the roots as they are now, or else as
@@ -172,6 +181,8 @@ func (c *Client) connect() (*grpc.ClientConn, error) {
 	return c.config.connect(c.roots)
 }
 
+const bearer = "Bearer "
+
 // authorize adds what every request carries.
 func (c *Client) authorize(ctx context.Context) (context.Context, error) {
 	md := metadata.MD{}
@@ -186,7 +197,7 @@ func (c *Client) authorize(ctx context.Context) (context.Context, error) {
 		if err := checkHeader("authorization", token); err != nil {
 			return nil, errors.New("xds: token is not printable ASCII")
 		}
-		md.Set("authorization", "Bearer "+token)
+		md.Set("authorization", bearer+token)
 		md.Set("clusterid", c.config.ClusterID)
 	}
 	return metadata.NewOutgoingContext(ctx, md), nil

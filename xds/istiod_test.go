@@ -157,10 +157,11 @@ func TestGarbageFromIstiod(t *testing.T) {
 			}))
 		}, "unknown service"},
 		"a refusal": {func(s *server, l net.Listener) func() {
+			s.write("token", []byte("e30.eyJhdWQiOiJ2YXVsdCJ9.c2lnbmF0dXJl"))
 			return s.serveOn(l, "istiod.test", grpc.StreamInterceptor(func(any, grpc.ServerStream, *grpc.StreamServerInfo, grpc.StreamHandler) error {
 				return status.Error(codes.Unauthenticated, "authentication failure")
 			}))
-		}, "authentication failure"},
+		}, `authentication failure (the token is for audience \"vault\"`},
 		"another server": {func(s *server, l net.Listener) func() { return s.serveOn(l, "other.test") }, "other.test"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"container/heap"
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/ztun/ztun/tunnel/identity"
@@ -40,9 +41,15 @@ type complaint struct {
 	at   time.Time
 }
 
-// news reports whether err is to be logged at now.
+// news reports whether err is to be logged at now. Numbers make no difference:
+// most are ports.
 func (c *complaint) news(err error, now time.Time) bool {
-	text := err.Error()
+	text := strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' {
+			return -1
+		}
+		return r
+	}, err.Error())
 	if c.text == text && now.Sub(c.at) < remindEvery {
 		return false
 	}

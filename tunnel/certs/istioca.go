@@ -21,6 +21,7 @@ import (
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/ztun/ztun/tunnel/identity"
+	"github.com/ztun/ztun/tunnel/token"
 )
 
 // IstioCAConfig configures an IstioCA. Address and RootCA are required.
@@ -140,7 +141,13 @@ func (c *IstioCA) Sign(ctx context.Context, id identity.ID, csr []byte, ttl time
 	code := status.Code(err)
 	c.release(l, code == codes.Unavailable || code == codes.DeadlineExceeded)
 	if err != nil {
-		return nil, fmt.Errorf("certs: istio CA %s: %w", c.hostPort, clean(err, md))
+		err = fmt.Errorf("certs: istio CA %s: %w", c.hostPort, clean(err, md))
+		if auth := md.Get("authorization"); code == codes.Unauthenticated && len(auth) > 0 {
+			// The server does not tell a token that it does not know from one that is
+			// for somebody else.
+			err = fmt.Errorf("%w (%s)", err, token.Describe(strings.TrimPrefix(auth[0], bearer), time.Now()))
+		}
+		return nil, err
 	}
 	out := make([][]byte, 0, len(resp.GetCertChain()))
 	for _, cert := range resp.GetCertChain() {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -255,6 +256,22 @@ func TestErrorsHoldNoSecrets(t *testing.T) {
 		if strings.Contains(text, token) || strings.Contains(text, header) || strings.Contains(text, "BEGIN") {
 			t.Errorf("secrets in %q", text)
 		}
+	}
+}
+
+// istiod says no more than no; the token itself tells what is wrong with it.
+func TestTokenForAnotherAudience(t *testing.T) {
+	s := newIstiod(t)
+	s.answer(func(context.Context) error {
+		return status.Error(codes.Unauthenticated, "request authenticate failure")
+	})
+	token := "eyJhbGciOiJub25lIn0." + base64.RawURLEncoding.EncodeToString([]byte(`{"aud":["vault"],"sub":"system:serviceaccount:istio-system:ztunnel"}`)) + ".c2lnbmF0dXJl"
+	_, err := sign(t, s.client(t, func(c *certs.IstioCAConfig) { c.Token = certs.StaticToken(token) }))
+	for _, want := range []string{s.addr, "request authenticate failure", `audience "vault"`, "istio-system:ztunnel"} {
+		wantRefusal(t, "a token for another audience", err, want)
+	}
+	if status.Code(err) != codes.Unauthenticated || strings.Contains(err.Error(), "c2lnbmF0dXJl") {
+		t.Errorf("Sign: %v", err)
 	}
 }
 

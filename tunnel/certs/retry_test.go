@@ -175,7 +175,7 @@ func TestRetryWhenIstiodIsBack(t *testing.T) {
 		time.Sleep(2 * time.Second)
 		synctest.Wait()
 		for _, s := range m.Dump() {
-			if s.State != "Available" || s.Err != nil || s.Cert.NotAfter.Sub(time.Now()) < 59*time.Minute {
+			if s.State != "Available" || s.Err != nil || time.Until(s.Cert.NotAfter) < 59*time.Minute {
 				t.Errorf("%v: %s, %v, %v", s.ID, s.State, s.Err, s.Cert)
 			}
 		}
