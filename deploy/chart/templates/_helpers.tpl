@@ -31,11 +31,16 @@
 {{- end }}
 
 {{- define "ztun.image" -}}
-{{- if contains "/" .Values.image -}}
-{{- .Values.image -}}
+{{- $image := .Values.image -}}
+{{- if not (contains "/" $image) -}}
+{{- $hub := required "hub: say where the image is, as HOST/PATH, or give its whole name as image" (.Values.hub | default .Values.global.hub) -}}
+{{- $image = printf "%s/%s" $hub $image -}}
+{{- end -}}
+{{- /* A digest or a tag that is there already stays. */ -}}
+{{- if or (contains "@" $image) (contains ":" (base $image)) -}}
+{{- $image -}}
 {{- else -}}
-{{- $hub := required "hub: say where the image is, as HOST/PATH, or give the whole reference as image" (.Values.hub | default .Values.global.hub) -}}
-{{- printf "%s/%s:%s" $hub .Values.image (include "ztun.tag" .) -}}
+{{- printf "%s:%s" $image (include "ztun.tag" .) -}}
 {{- end -}}
 {{- end }}
 
@@ -136,7 +141,6 @@ istiod{{ with .Values.revision }}-{{ . }}{{ end }}.{{ .Values.istioNamespace }}.
     "CURRENT_AGENT_VERSION" (include "ztun.tag" $top)
     "AMBIENT_ENABLED" "true"
     "AMBIENT_DNS_CAPTURE" ($cni.ambient.dnsCapture | toString)
-    "AMBIENT_IPV6" ($cni.ambient.ipv6 | toString)
     "EXCLUDE_NAMESPACES" (join "," $cni.excludeNamespaces)
     "CHAINED_CNI_PLUGIN" ($platform.chained | toString)
     "ISTIO_OWNED_CNI_CONFIG" ($cni.istioOwnedCNIConfig | toString)

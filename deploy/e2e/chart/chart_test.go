@@ -93,7 +93,7 @@ var options = values{
 		"cniBinDir": "/bin/cni", "cniConfDir": "/conf/cni", "cniNetnsDir": "/netns", "cniConfFileName": "10-calico.conflist",
 		"chained": true, "istioOwnedCNIConfig": true,
 		"excludeNamespaces": []any{"kube-system", "other"},
-		"ambient": values{"dnsCapture": false, "ipv6": false, "enablementSelectors": []any{
+		"ambient": values{"dnsCapture": false, "enablementSelectors": []any{
 			values{"podSelector": values{"matchLabels": values{"mesh": "in"}}},
 		}},
 		"logging": values{"level": "debug"}, "logAsJson": false,

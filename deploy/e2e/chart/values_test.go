@@ -42,6 +42,7 @@ func TestSchemaRefuses(t *testing.T) {
 		{"cni.cniBinDir", "opt/cni/bin", "/cni/cniBinDir"},
 		{"cni.cniConfFileName", "../10-calico.conflist", "/cni/cniConfFileName"},
 		{"cni.repair.enabled", true, "repair"},
+		{"cni.ambient.ipv6", false, "ipv6"},
 		{"cni.logging.level", "verbose", "/cni/logging/level"},
 		{"env", []any{"A=B"}, "/env"},
 		{"env", values{"A B": "1"}, "A B"},
@@ -233,6 +234,27 @@ func TestBothProgramsAgree(t *testing.T) {
 		}
 		if want := strconv.FormatInt(*proxy.Spec.TerminationGracePeriodSeconds, 10); pe["TERMINATION_GRACE_PERIOD_SECONDS"] != want {
 			t.Errorf("%s: the proxy is told %s seconds, and gets %s", name, pe["TERMINATION_GRACE_PERIOD_SECONDS"], want)
+		}
+	}
+}
+
+func TestImageReference(t *testing.T) {
+	const digest = "@sha256:4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"
+	for want, v := range map[string]values{
+		"registry.test/ztun/ztun:v1.0.0":   nil,
+		"other.test:5000/z:v2":             {"hub": "other.test:5000", "image": "z", "tag": "v2"},
+		"global.test/ztun:v3":              {"hub": "", "tag": "", "global": values{"hub": "global.test", "tag": "v3"}},
+		"whole.test:5000/z:v1.0.0":         {"image": "whole.test:5000/z"},
+		"whole.test/z:mine":                {"image": "whole.test/z:mine"},
+		"whole.test/z" + digest:            {"image": "whole.test/z" + digest},
+		"registry.test/ztun/ztun" + digest: {"image": "ztun" + digest},
+		"registry.test/ztun/ztun:7":        {"tag": 7},
+	} {
+		proxy, agent := pods(t, with(v))
+		for _, p := range []corev1.PodTemplateSpec{proxy, agent} {
+			if got := p.Spec.Containers[0].Image; got != want {
+				t.Errorf("%v: image %s, want %s", v, got, want)
+			}
 		}
 	}
 }
