@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"time"
 )
 
@@ -28,6 +29,12 @@ type Config struct {
 
 	// AgentSocket is where the node agent listens. /var/run/ztunnel/ztunnel.sock
 	AgentSocket string
+	// OwnerSocket is where it says whose a connection from the node is.
+	// ztun-owner.sock beside AgentSocket
+	OwnerSocket string
+	// NoProbeFallback: while the agent does not say, no connection from the node
+	// passes as a kubelet's probe. Else those to probed ports do.
+	NoProbeFallback bool
 	// Readers is how many threads read devices. 2, or as Load finds the machine
 	Readers int
 	// DrainDeadline is how long connections may go on after SIGTERM. 5s
@@ -168,6 +175,7 @@ type Log struct {
 // What the environment leaves unsaid.
 const (
 	DefaultAgentSocket = "/var/run/ztunnel/ztunnel.sock"
+	ownerSocketName    = "ztun-owner.sock" // As in package owner.
 	DefaultRootFile    = "./var/run/secrets/istio/root-cert.pem"
 	DefaultTokenFile   = "./var/run/secrets/tokens/istio-token"
 	DefaultMeshFile    = "./etc/istio/config/mesh"
@@ -203,6 +211,7 @@ func (c *Config) setDefaults() {
 	fill(&c.Listen.Stats, wildcard(defaultStatsPort, c.Node.IPv4Only))
 	fill(&c.Listen.Readiness, wildcard(defaultReadinessPort, c.Node.IPv4Only))
 	fill(&c.AgentSocket, DefaultAgentSocket)
+	fill(&c.OwnerSocket, filepath.Join(filepath.Dir(c.AgentSocket), ownerSocketName))
 	fill(&c.Readers, 2)
 	fill(&c.DrainDeadline, 5*time.Second)
 	fill(&c.Log.Filter, "info")
@@ -270,6 +279,9 @@ func (c *Config) Validate() error {
 		bad("INPOD_UDS is empty")
 	} else if len(c.AgentSocket) > 107 {
 		bad("INPOD_UDS is longer than the 107 bytes that a unix socket's path may have")
+	}
+	if len(c.OwnerSocket) > 107 {
+		bad("ZTUN_OWNER_UDS is longer than the 107 bytes that a unix socket's path may have")
 	}
 	if _, err := netip.ParseAddr(c.Node.InstanceIP); err != nil {
 		bad("INSTANCE_IP %q is not an address", c.Node.InstanceIP)

@@ -45,6 +45,7 @@ func TestDefaults(t *testing.T) {
 		HBONE:       HBONE{StreamWindow: 4194304, ConnectionWindow: 16777216, FrameSize: 1048576, MaxStreams: 100, PoolIdle: 5 * time.Minute},
 		Keepalive:   Keepalive{Time: 180 * time.Second, Interval: 180 * time.Second, Retries: 9},
 		AgentSocket: "/var/run/ztunnel/ztunnel.sock",
+		OwnerSocket: "/var/run/ztunnel/ztun-owner.sock",
 		Listen: Listen{
 			Admin:     []netip.AddrPort{netip.MustParseAddrPort("127.0.0.1:15000"), netip.MustParseAddrPort("[::1]:15000")},
 			Stats:     netip.MustParseAddrPort("[::]:15020"),
@@ -197,6 +198,22 @@ func TestQuantity(t *testing.T) {
 	}
 }
 
+func TestWhomToAskAboutProbes(t *testing.T) {
+	for env, want := range map[string]struct {
+		socket string
+		no     bool
+	}{
+		"INPOD_UDS=/run/x/agent.sock": {"/run/x/ztun-owner.sock", false},
+		"ZTUN_OWNER_UDS=/run/y.sock":  {"/run/y.sock", false},
+		"ZTUN_PROBE_FALLBACK=false":   {"/var/run/ztunnel/ztun-owner.sock", true},
+		"ZTUN_PROBE_FALLBACK=true":    {"/var/run/ztunnel/ztun-owner.sock", false},
+	} {
+		if c := mustLoad(t, env); c.OwnerSocket != want.socket || c.NoProbeFallback != want.no {
+			t.Errorf("%s: %s, %v, want %+v", env, c.OwnerSocket, c.NoProbeFallback, want)
+		}
+	}
+}
+
 func TestSameNodeJoin(t *testing.T) {
 	for value, want := range map[string]bool{"": true, "ZTUN_SAME_NODE_JOIN=true": true, "ZTUN_SAME_NODE_JOIN=false": false} {
 		if c := mustLoad(t, value); c.HBONE.NoJoin == want || c.Dump().SameNodeJoin != want {
@@ -261,6 +278,8 @@ func TestRefused(t *testing.T) {
 		{"KEEPALIVE_TIME=1ms", "keepalive"},
 		{"KEEPALIVE_INTERVAL=40000s", "keepalive"},
 		{"INPOD_UDS=" + strings.Repeat("x", 108), "107"},
+		{"ZTUN_OWNER_UDS=" + strings.Repeat("x", 108), "ZTUN_OWNER_UDS"},
+		{"ZTUN_PROBE_FALLBACK=perhaps", "ZTUN_PROBE_FALLBACK"},
 	} {
 		_, err := load(t, tt.env)
 		if err == nil || !strings.Contains(err.Error(), tt.want) {

@@ -254,6 +254,8 @@ func (l *loader) headers(prefix string) []Header {
 func (l *loader) dataPlane() {
 	c := l.cfg
 	set(l, "INPOD_UDS", &c.AgentSocket, parseString)
+	set(l, "ZTUN_OWNER_UDS", &c.OwnerSocket, parseString)
+	c.NoProbeFallback = !l.flag("ZTUN_PROBE_FALLBACK", true)
 	set(l, "SECRET_TTL", &c.Certs.TTL, nonZero(parseDuration))
 	set(l, "CRL_PATH", &c.Certs.CRLPath, parseString)
 	set(l, "HTTP2_STREAM_WINDOW_SIZE", &c.HBONE.StreamWindow, nonZero(parseUint[uint32](32)))
