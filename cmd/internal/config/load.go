@@ -193,7 +193,8 @@ func checkDNSAddr(s string) error {
 
 func (l *loader) upstreams(mesh proxyConfig, dir string) {
 	istiod := "https://localhost:15012"
-	if _, ok := l.env["KUBERNETES_SERVICE_HOST"]; ok {
+	_, inPod := l.env["KUBERNETES_SERVICE_HOST"]
+	if inPod {
 		istiod = "https://istiod.istio-system.svc:15012"
 	}
 	l.cfg.XDS.Address, l.cfg.CA.Address = istiod, istiod
@@ -228,7 +229,9 @@ func (l *loader) upstreams(mesh proxyConfig, dir string) {
 		} else {
 			l.cfg.Auth.Token = value
 		}
-	} else if _, err := os.Stat(token); err == nil {
+	} else if _, err := os.Stat(token); err == nil || inPod {
+		// A pod that lacks the volume shall be told of the path at each attempt, and
+		// not of a refusal of its requests without a token.
 		l.cfg.Auth.TokenFile = token
 	}
 }
