@@ -8,6 +8,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"time"
@@ -69,6 +70,21 @@ type Node struct {
 	MetadataJSON map[string]any
 	// IPv4Only: the node has no IPv6.
 	IPv4Only bool
+}
+
+// Announced is Metadata and what else istiod wants to know of a proxy: it finds
+// the cluster and the network by it, holds the account against the token, and
+// shows the version, here ours, in its list of proxies.
+func (n *Node) Announced(version string) map[string]string {
+	out := map[string]string{"ISTIO_VERSION": version, "CLUSTER_ID": n.ClusterID}
+	if n.Account != "" {
+		out["SERVICE_ACCOUNT"] = n.Account
+	}
+	if n.Network != "" {
+		out["NETWORK"] = n.Network
+	}
+	maps.Copy(out, n.Metadata)
+	return out
 }
 
 // Upstream is a gRPC server of the control plane.

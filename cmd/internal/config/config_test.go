@@ -61,6 +61,42 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
+// What a proxy in a pod tells istiod, with and without the variables that say so.
+func TestAnnounced(t *testing.T) {
+	for _, tt := range []struct {
+		env  []string
+		want map[string]string
+	}{
+		{nil, map[string]string{"ISTIO_VERSION": "ztun-1", "CLUSTER_ID": "Kubernetes"}},
+		{[]string{"CLUSTER_ID=east", "SERVICE_ACCOUNT=ztunnel", "NETWORK=n1", "ISTIO_META_ENABLE_HBONE=true"},
+			map[string]string{"ISTIO_VERSION": "ztun-1", "CLUSTER_ID": "east", "SERVICE_ACCOUNT": "ztunnel", "NETWORK": "n1", "ENABLE_HBONE": "true"}},
+		{[]string{"ISTIO_META_CLUSTER_ID=west", "ISTIO_META_ISTIO_VERSION=1.31.0", "ISTIO_META_NETWORK=n2", "NETWORK=n1"},
+			map[string]string{"ISTIO_VERSION": "1.31.0", "CLUSTER_ID": "west", "NETWORK": "n2"}},
+	} {
+		c := mustLoad(t, tt.env...)
+		before := len(c.Node.Metadata)
+		if diff := cmp.Diff(tt.want, c.Node.Announced("ztun-1")); diff != "" {
+			t.Errorf("%q (-want +got):\n%s", tt.env, diff)
+		}
+		if len(c.Node.Metadata) != before {
+			t.Errorf("%q: the metadata was changed", tt.env)
+		}
+	}
+}
+
+// In a pod the token's volume may be missing by mistake, never on purpose.
+func TestTokenInAPod(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, DefaultTokenFile)
+	c, err := Load(Source{Environ: []string{"KUBERNETES_SERVICE_HOST=10.96.0.1"}, Dir: dir, CPUs: 8})
+	if err != nil || c.Auth.TokenFile != path {
+		t.Errorf("token file in a pod without one = %q, %v, want %q", c.Auth.TokenFile, err, path)
+	}
+	if c := mustLoad(t); c.Auth.TokenFile != "" {
+		t.Errorf("token file elsewhere = %q, want none", c.Auth.TokenFile)
+	}
+}
+
 func TestKubernetesFindsIstiod(t *testing.T) {
 	c := mustLoad(t, "KUBERNETES_SERVICE_HOST=10.96.0.1")
 	const want = "https://istiod.istio-system.svc:15012"
