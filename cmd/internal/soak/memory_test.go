@@ -49,7 +49,7 @@ func newMemoryWorld(t *testing.T, wo worldOptions) *memoryWorld {
 	}
 	for i := range w.stacks {
 		w.stacks[i], err = e.Add(dev[i], netstack.StackConfig{Name: "memory/" + string(rune('a'+i)), Addrs: addrs[i]}, func(s *netstack.Stack) (netstack.Handler, error) {
-			return &acceptor{func(end splice.End) { go greet(newEndConn(s.Loop(), end), wo.serve) }}, nil
+			return &acceptor{func(end splice.End) { go greet(newEndConn(s, end), wo.serve) }}, nil
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -98,7 +98,7 @@ func (w *memoryWorld) dial(route int, _ kind) (conn, error) {
 	if d.err != nil {
 		return nil, d.err
 	}
-	return newEndConn(s.Loop(), d.end), nil
+	return newEndConn(s, d.end), nil
 }
 
 func (w *memoryWorld) policed(int) bool         { return false }
@@ -123,6 +123,9 @@ func (w *memoryWorld) state() string {
 	s := ""
 	for i := range w.stacks {
 		s += fmt.Sprintf("  stack %d: %+v\n", i, w.stacks[i].Stats())
+		for _, f := range w.stacks[i].Flows() {
+			s += fmt.Sprintf("    %+v\n", f)
+		}
 	}
 	if w.wire != nil {
 		ab, ba := w.wire.Stats()
@@ -133,15 +136,17 @@ func (w *memoryWorld) state() string {
 
 // endConn is a conn on a splice.End, for goroutines that block.
 type endConn struct {
-	loop splice.Loop
-	end  splice.End
+	stack *netstack.Stack
+	loop  splice.Loop
+	end   splice.End
 	// One slot each: the end has changed since its reader or writer looked.
 	readable, writable chan struct{}
 	closed             chan struct{}
 }
 
-func newEndConn(loop splice.Loop, end splice.End) *endConn {
-	c := &endConn{loop: loop, end: end, readable: make(chan struct{}, 1), writable: make(chan struct{}, 1), closed: make(chan struct{})}
+func newEndConn(stack *netstack.Stack, end splice.End) *endConn {
+	loop := stack.Loop()
+	c := &endConn{stack: stack, loop: loop, end: end, readable: make(chan struct{}, 1), writable: make(chan struct{}, 1), closed: make(chan struct{})}
 	loop.Post(func() {
 		end.Notify(func() {
 			for _, ch := range []chan struct{}{c.readable, c.writable} {
@@ -153,6 +158,17 @@ func newEndConn(loop splice.Loop, end splice.End) *endConn {
 		})
 	})
 	return c
+}
+
+// State is what the stack knows of the connection.
+func (c *endConn) State() string {
+	f := c.end.(*netstack.Flow)
+	for _, i := range c.stack.Flows() {
+		if i.Local == f.Local() && i.Remote == f.Remote() {
+			return fmt.Sprintf("%+v", i)
+		}
+	}
+	return fmt.Sprintf("no flow from %v to %v", f.Local(), f.Remote())
 }
 
 var errEndClosed = errors.New("soak: end is closed")
