@@ -1,6 +1,7 @@
 package enrol
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -21,7 +22,7 @@ func TestNamespaceLabelEnrolsRunningPods(t *testing.T) {
 		if got.Netns != path || got.Name != "a" || got.Namespace != "demo" || got.ServiceAccount != "sa" || len(got.Addresses) != 2 {
 			t.Errorf("the agent was told of %+v", got)
 		}
-		if patches := n.patches(); len(patches) != 1 || patches[0] != `{"metadata":{"annotations":{"ambient.istio.io/redirection":"enabled"},"uid":"u"}}` {
+		if patches := slices.Compact(n.patches()); len(patches) != 1 || patches[0] != `{"metadata":{"annotations":{"ambient.istio.io/redirection":"enabled"},"uid":"u"}}` {
 			t.Errorf("patches: %q", patches)
 		}
 		if n.procs.checks != 1 {
@@ -127,8 +128,9 @@ func TestPendingUntilServed(t *testing.T) {
 		n.apply(labelled(pod("a", "u", "10.0.0.2"), "x", "y"))
 		n.pass(retried)
 		n.wantMark("a", "enabled")
-		if got := len(n.patches()); got != 2 {
-			t.Errorf("%d patches, want 2", got)
+		// One may come twice: the informer may be behind what was written.
+		if got := slices.Compact(n.patches()); len(got) != 2 {
+			t.Errorf("patches: %q", got)
 		}
 	}, namespace("demo", ambient...), pod("a", "u", "10.0.0.2"))
 }
