@@ -26,6 +26,8 @@ type pods struct {
 	log     *slog.Logger
 	// policyLog takes the decisions of policies.
 	policyLog *slog.Logger
+	// probes asks which connections are the kubelet's. Nil: none is.
+	probes *prober
 	// config is what all pods have in common.
 	config tunnel.Config
 
@@ -61,6 +63,7 @@ func (p *pods) Start(w zds.Workload, files zds.Files) (zds.Proxy, error) {
 	log := p.log.With("wl", name)
 	s := &pod{owner: p, name: name}
 	stackCfg := stackConfig(name, d, log)
+	stackCfg.IsProbe = p.probes.forPod(w.UID, d)
 	stackCfg.ICMP = files.ICMP
 	s.stack, err = p.engine.Add(dev, stackCfg, func(stack *netstack.Stack) (netstack.Handler, error) {
 		cfg := p.config
@@ -142,7 +145,6 @@ func stackConfig(name string, d *zds.Device, log *slog.Logger) netstack.StackCon
 		VirtualInterfaces: d.VirtualInterfaces,
 		// CaptureDNS stays off until something answers: captured queries go on
 		// to the server that the app asked.
-		IsProbe: probes(d, log),
 		Gone: func(err error) {
 			log.Warn("pod's device is gone; the agent makes another", "error", err)
 		},
@@ -151,24 +153,6 @@ func stackConfig(name string, d *zds.Device, log *slog.Logger) netstack.StackCon
 		cfg.Older = append(cfg.Older, netstack.Tuple{Local: f.Local, Remote: f.Remote})
 	}
 	return cfg
-}
-
-// probes says whether a plaintext connection may be the kubelet's: it comes
-// from the node to a port that the agent named. The agent could tell which
-// socket it is; until it is asked, that must do.
-func probes(d *zds.Device, log *slog.Logger) func(src, dst netip.AddrPort, answer func(bool)) bool {
-	if len(d.NodeAddresses) == 0 || len(d.ProbePorts) == 0 {
-		return nil
-	}
-	var once sync.Once
-	return func(src, dst netip.AddrPort, answer func(bool)) bool {
-		if !slices.Contains(d.NodeAddresses, src.Addr()) || !slices.Contains(d.ProbePorts, dst.Port()) {
-			return false
-		}
-		once.Do(func() { log.Info("connections from the node to probed ports pass as probes") })
-		answer(true)
-		return true
-	}
 }
 
 // Stop implements zds.Proxy. Connections are reset.

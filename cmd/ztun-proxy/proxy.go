@@ -10,6 +10,7 @@ import (
 
 	"github.com/ztun/ztun/cmd/internal/admin"
 	"github.com/ztun/ztun/cmd/internal/config"
+	"github.com/ztun/ztun/cmd/internal/owner"
 	"github.com/ztun/ztun/cmd/internal/telemetry"
 	"github.com/ztun/ztun/cmd/internal/zds"
 	"github.com/ztun/ztun/netstack"
@@ -48,6 +49,7 @@ type proxy struct {
 	revocations *certs.Revocations // Nil: no list was named.
 	certs       *certs.Manager
 	pods        *pods
+	owners      *owner.Client
 	agent       *zds.Client
 
 	quit     chan struct{} // Closed by the admin server.
@@ -117,6 +119,7 @@ func (p *proxy) build() (err error) {
 	if err != nil {
 		return err
 	}
+	p.owners = owner.NewClient(cfg.OwnerSocket)
 	p.pods = p.newPods()
 	p.traffic.OnScrape(p.pods.report)
 	p.agent = zds.NewClient(zds.ClientConfig{
@@ -179,6 +182,7 @@ func (p *proxy) newPods() *pods {
 		neighbours = tunnel.NewNeighbours()
 	}
 	return &pods{
+		probes: newProber(p.owners, p.cfg.NoProbeFallback, p.logs.Logger("inpod")),
 		engine: p.engine, traffic: p.traffic, log: p.logs.Logger("proxy"), policyLog: p.logs.Logger("state"),
 		running: map[*pod]struct{}{}, ended: map[string]uint64{},
 		config: tunnel.Config{
@@ -214,6 +218,9 @@ func (p *proxy) metrics(out *telemetry.Writer) *telemetry.Metrics {
 		"Connections to the node agent (unstable).", func() uint64 { return p.agent.Stats().Connections })
 	m.Counter("ztun_agent_protocol_errors_total",
 		"Messages of the node agent that broke the protocol (unstable).", func() uint64 { return p.agent.Stats().ProtocolErrors })
+	m.Counters("ztun_probe_questions_total",
+		"Connections from the node, by whose the node agent says they are, or what was done without it (unstable).", "answer",
+		p.pods.probes.counts)
 	m.Counter("ztun_log_lines_dropped_total", "Log lines that found the output too slow (unstable).", out.Dropped)
 	if n := p.pods.config.Neighbours; n != nil {
 		m.Gauge("ztun_same_node_buffers_bytes",

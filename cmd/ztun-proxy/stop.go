@@ -36,6 +36,7 @@ func (p *proxy) serve(out *telemetry.Writer) error {
 	if p.revocations != nil {
 		p.services.Go(func() { p.end("revocations", p.revocations.Run(services)) })
 	}
+	p.services.Go(func() { p.end("questions about probes", p.owners.Run(services)) })
 	p.services.Go(func() { p.followMesh(services) })
 	p.services.Go(func() { giveBack(services) })
 	p.ready.Set(taskProxy, true)

@@ -12,8 +12,8 @@ import (
 var (
 	// ErrAway says that the agent is not there, hangs, or cannot say.
 	ErrAway = errors.New("owner: the node agent does not say")
-	// ErrBusy says that more is asked than is answered. The connection is to be
-	// left without an answer: a flood must not get what it did not earn.
+	// ErrBusy says that more is asked than is answered. It is no reason to let
+	// anything pass: a flood must not get what it did not earn.
 	ErrBusy = errors.New("owner: too many questions")
 	// ErrRefused says that the question cannot be put.
 	ErrRefused = errors.New("owner: not a question about a connection")
