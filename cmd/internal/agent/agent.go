@@ -79,6 +79,8 @@ type Config struct {
 	SocketUID, SocketGID int
 	// NodeAddresses are the node's own, from which the kubelet probes.
 	NodeAddresses []netip.Addr
+	// Standin reads the devices that no proxy reads. Nil: nobody does.
+	Standin zds.Standin
 	// Log takes what the agent has to say. Nil: nothing is logged.
 	Log *slog.Logger
 }
@@ -160,7 +162,7 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, store: st, listener: l,
-		server:    zds.NewServer(zds.ServerConfig{Log: cfg.Log}),
+		server:    zds.NewServer(zds.ServerConfig{Log: cfg.Log, Standin: cfg.Standin}),
 		attaching: make(chan struct{}, 4), detaching: make(chan struct{}, 4),
 		workers: map[string]*worker{},
 		changed: make(chan struct{}),

@@ -80,7 +80,7 @@ var vocabularies = []vocabulary{
 	{"istio.io/api", []string{"xds/control", "tunnel/certs"}},
 	{"k8s.io/client-go", []string{"cmd/internal/enrol", "cmd/ztun-agent"}},
 	{"k8s.io/", []string{"xds/control", "cmd/internal/enrol", "cmd/ztun-agent", "cmd/internal/lab"}},
-	{"github.com/prometheus/client_golang", []string{"cmd/internal/telemetry", "cmd/internal/admin"}},
+	{"github.com/prometheus/client_golang", []string{"cmd/internal/telemetry", "cmd/internal/admin", "cmd/ztun-agent"}},
 	{"github.com/containernetworking/cni", []string{"cmd/internal/cni", "cmd/ztun-cni"}},
 	{"github.com/spf13/cobra", []string{"cmd/ztun", "cmd/ztun-proxy", "cmd/ztun-agent"}},
 	{module + "xds/workloadapi", []string{"xds/mesh", "xds/control"}},

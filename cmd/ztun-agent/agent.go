@@ -1,0 +1,258 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/ztun/ztun/cmd/internal/agent"
+	"github.com/ztun/ztun/cmd/internal/cni"
+	"github.com/ztun/ztun/cmd/internal/cni/wire"
+	"github.com/ztun/ztun/cmd/internal/config"
+	"github.com/ztun/ztun/cmd/internal/enrol"
+	"github.com/ztun/ztun/cmd/internal/owner"
+	"github.com/ztun/ztun/cmd/internal/procs"
+	"github.com/ztun/ztun/cmd/internal/standin"
+)
+
+// tunNode is where TUN devices are made.
+const tunNode = "/dev/net/tun"
+
+// A node is everything that runs.
+type node struct {
+	cfg    *config.Agent
+	log    *slog.Logger
+	health *health
+
+	// Set by build.
+	host      *os.File // The host's network namespace.
+	client    kubernetes.Interface
+	owners    *procs.Owners
+	standin   *standin.Standin
+	agent     *agent.Agent
+	asked     *owner.Server
+	askSocket *net.UnixListener
+	enrol     *enrol.Controller
+	events    *cni.Server
+	installer *cni.Installer
+
+	wg    sync.WaitGroup
+	fail  context.CancelCauseFunc // Ends the program: a part of it ended.
+	ended context.Context
+}
+
+// run is the program, from a valid configuration until stop ends.
+func run(stop context.Context, cfg *config.Agent, log *slog.Logger) error {
+	n := &node{cfg: cfg, log: log, health: new(health)}
+	log.Info("ztun-agent", "version", release, "node", cfg.NodeName)
+	for _, note := range cfg.Notes {
+		log.Warn(note)
+	}
+	n.ended, n.fail = context.WithCancelCause(context.Background())
+	defer n.fail(nil)
+
+	web, stopWeb := context.WithCancel(context.Background())
+	waitWeb, err := n.listen(web)
+	if err != nil {
+		stopWeb()
+		return err
+	}
+	defer waitWeb()
+	defer stopWeb()
+	defer n.close()
+	if err := n.build(); err != nil {
+		return err
+	}
+	n.health.setMetrics(n.metrics())
+	return n.serve(stop)
+}
+
+// build makes every part, and opens the proxies' sockets. Nothing runs yet.
+func (n *node) build() (err error) {
+	cfg := n.cfg
+	if n.host, err = needs(cfg, tunNode); err != nil {
+		return err
+	}
+	selectors, err := enrol.ParseSelectors(cfg.Selectors)
+	if err != nil {
+		return fmt.Errorf("config: AMBIENT_ENABLEMENT_SELECTOR: %w", err)
+	}
+	if n.client, err = newClient(cfg.Kubeconfig); err != nil {
+		return err
+	}
+	for _, dir := range []string{cfg.RunDir, filepath.Dir(cfg.Socket)} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return fmt.Errorf("run directory: %w", err)
+		}
+	}
+	if n.owners, err = procs.NewOwners(n.host, cfg.Host.Path("/proc")); err != nil {
+		return err
+	}
+	addrs, err := nodeAddresses(n.host)
+	if err != nil {
+		return err
+	}
+	n.standin = standin.New(n.isProbe, n.log)
+	n.agent, err = agent.New(agent.Config{
+		StateDir: cfg.StateDir, Socket: cfg.Socket, SocketUID: cfg.ProxyUID, SocketGID: cfg.ProxyGID,
+		NodeAddresses: addrs, Standin: n.standin, Log: n.log,
+	})
+	if err != nil {
+		return err
+	}
+	n.askSocket, err = agent.Listen(filepath.Join(filepath.Dir(cfg.Socket), owner.SocketName), cfg.ProxyUID, cfg.ProxyGID)
+	if err != nil {
+		return err
+	}
+	n.asked = owner.NewServer(owner.ServerConfig{Of: n.owners.Of, Addresses: n.addresses, UID: cfg.ProxyUID, Log: n.log})
+	n.enrol, err = enrol.New(enrol.Config{
+		Client: n.client, Agent: n.agent, Finder: &procs.Finder{Proc: cfg.Host.Path("/proc"), Host: n.host},
+		NodeName: cfg.NodeName, SystemNamespace: cfg.SystemNamespace, Selectors: selectors, ExcludeNamespaces: cfg.ExcludeNamespaces,
+		DNSCapture: cfg.DNSCapture, HostRoot: cfg.Host.Root(), NetnsDir: cfg.Host.Path("/var/run/netns"), Log: n.log,
+	})
+	if err != nil {
+		return err
+	}
+	n.events = cni.NewServer(filepath.Join(cfg.RunDir, wire.SocketName), n.enrol, n.log)
+	n.installer, err = cni.NewInstaller(cni.Config{
+		Binary: cfg.Install.Binary, BinDir: cfg.Install.BinDir, NetDir: cfg.Install.NetDir, ConfName: cfg.Install.ConfName,
+		Unchained: cfg.Install.Unchained, Owned: cfg.Install.Owned, OwnedName: cfg.Install.OwnedName, GroupRead: cfg.Install.GroupRead,
+		Entry: wire.Conf{RunDir: cfg.RunDir, PodNamespace: cfg.PodNamespace, ExcludeNamespaces: cfg.ExcludeNamespaces},
+		Log:   n.log,
+	})
+	return err
+}
+
+// newClient is that of the pod in its cluster, or of a kubeconfig outside.
+func newClient(kubeconfig string) (kubernetes.Interface, error) {
+	const userAgent = "ztun-agent"
+	if kubeconfig == "" {
+		return enrol.NewClient(userAgent)
+	}
+	cfg, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
+	if err != nil {
+		return nil, fmt.Errorf("config: KUBECONFIG: %w", err)
+	}
+	cfg.QPS, cfg.Burst = 80, 160 // Istio's.
+	cfg.UserAgent = userAgent
+	cfg.ContentType = runtime.ContentTypeProtobuf
+	cfg.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
+	client, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		return nil, fmt.Errorf("config: KUBECONFIG: %w", err)
+	}
+	return client, nil
+}
+
+// isProbe says whether a connection that a node's address opens is a kubelet's.
+func (n *node) isProbe(src, dst netip.AddrPort) bool {
+	o, err := n.owners.Of(src, dst)
+	if err != nil {
+		n.log.Debug("asking whose a connection is", "error", err)
+	}
+	return err == nil && o.MayProbe()
+}
+
+// addresses are those of a pod on this node.
+func (n *node) addresses(uid string) []netip.Addr {
+	for _, s := range n.agent.Status() {
+		if s.Pod.UID == uid {
+			if len(s.Pod.Addresses) > 0 {
+				return s.Pod.Addresses
+			}
+			return s.Addresses
+		}
+	}
+	return nil
+}
+
+// serve runs what build made, until stop ends or a part does.
+func (n *node) serve(stop context.Context) error {
+	// Installing ends first, then Kubernetes, then what proxies and pods need.
+	install, stopInstall := context.WithCancel(context.Background())
+	kube, stopKube := context.WithCancel(context.Background())
+	rest, stopRest := context.WithCancel(context.Background())
+	defer n.wg.Wait()
+	defer stopRest()
+	defer stopKube()
+	defer stopInstall()
+	installed, decided := make(chan struct{}), make(chan struct{})
+
+	n.start(rest, "plugin's requests", n.events.Run)
+	go func() { defer close(decided); n.part(kube, "pods of this node", n.enrol.Run) }()
+	granted := false
+	select {
+	case <-n.enrol.Synced():
+		granted = n.mayAsk(stop)
+	case <-stop.Done():
+	case <-n.ended.Done():
+	}
+	if stop.Err() == nil && n.ended.Err() == nil {
+		n.log.Info("this node's pods are known; proxies are served", "pods", len(n.agent.Status()))
+		n.start(rest, "proxies", n.agent.Run)
+		n.start(rest, "proxies' questions", func(ctx context.Context) error { return n.asked.Serve(ctx, n.askSocket) })
+		n.health.set(n.installer.Ready, n.installer.Err)
+		go func() { defer close(installed); n.part(install, "plugin", n.installer.Run) }()
+	} else {
+		close(installed)
+	}
+	select {
+	case <-stop.Done():
+	case <-n.ended.Done():
+	}
+	var err error
+	if err = context.Cause(n.ended); err == nil {
+		n.log.Info("told to stop")
+	}
+	n.health.set(nil, nil)
+	stopInstall()
+	<-installed
+	if err == nil {
+		n.leave(granted, func() { stopKube(); <-decided })
+	}
+	stopKube()
+	<-decided
+	return err
+}
+
+// start runs a part until ctx ends.
+func (n *node) start(ctx context.Context, what string, f func(context.Context) error) {
+	n.wg.Go(func() { n.part(ctx, what, f) })
+}
+
+// part ends the program if it ends by itself.
+func (n *node) part(ctx context.Context, what string, f func(context.Context) error) {
+	err := f(ctx)
+	if ctx.Err() == nil {
+		if err == nil {
+			err = errors.New("ended")
+		}
+		n.fail(fmt.Errorf("%s: %w", what, err))
+	}
+}
+
+// close gives back what build opened, when nothing runs any more.
+func (n *node) close() {
+	if n.standin != nil {
+		n.standin.Close()
+	}
+	if n.askSocket != nil {
+		_ = n.askSocket.Close()
+	}
+	if n.owners != nil {
+		n.owners.Close()
+	}
+	if n.host != nil {
+		_ = n.host.Close()
+	}
+}

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
+)
+
+const (
+	// daemonSet is the agent's own. The plugin knows its pods by the name too.
+	daemonSet = "istio-cni-node"
+	// What a stop takes at most, within a pod's usual 30 s.
+	askTimeout    = 5 * time.Second
+	removeTimeout = 3 * time.Second
+	proxyTimeout  = 10 * time.Second
+	detachTimeout = 9 * time.Second
+)
+
+// A verdict is what a stop is.
+type verdict int
+
+const (
+	// replaced: another agent follows. Everything stays, and new pods wait.
+	replaced verdict = iota
+	// leaving: the agent does not come back to this node, or is told to clean
+	// up whenever it stops. New pods start without it.
+	leaving
+	// uninstalled: the agent does not come back to any node.
+	uninstalled
+)
+
+// judge says which stop this is, as Istio's agent does. granted says that the
+// DaemonSet could be read when the agent started: being forbidden to now means
+// that the rights are gone, and so is all else.
+func judge(ctx context.Context, client kubernetes.Interface, namespace, nodeName string, granted bool) (verdict, error) {
+	ds, err := client.AppsV1().DaemonSets(namespace).Get(ctx, daemonSet, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err), apierrors.IsUnauthorized(err), apierrors.IsForbidden(err) && granted:
+		return uninstalled, nil
+	case err != nil:
+		return replaced, fmt.Errorf("DaemonSet %s/%s: %w", namespace, daemonSet, err)
+	case ds.DeletionTimestamp != nil:
+		return uninstalled, nil
+	}
+	node, err := client.CoreV1().Nodes().Get(ctx, nodeName, metav1.GetOptions{})
+	if err != nil {
+		return replaced, fmt.Errorf("node %s: %w", nodeName, err)
+	}
+	fits, err := belongs(ds, node)
+	if err == nil && !fits {
+		return leaving, nil
+	}
+	return replaced, err
+}
+
+// belongs says whether the DaemonSet has a pod on the node, as far as node
+// selector and affinity go.
+func belongs(ds *appsv1.DaemonSet, node *corev1.Node) (bool, error) {
+	fits, err := nodeaffinity.GetRequiredNodeAffinity(&corev1.Pod{Spec: ds.Spec.Template.Spec}).Match(node)
+	if err != nil {
+		return false, fmt.Errorf("node affinity of DaemonSet %s: %w", ds.Name, err)
+	}
+	return fits, nil
+}
+
+// mayAsk says whether the agent may read its DaemonSet, as long as it is there.
+func (n *node) mayAsk(ctx context.Context) bool {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	_, err := n.client.AppsV1().DaemonSets(n.cfg.PodNamespace).Get(ctx, daemonSet, metav1.GetOptions{})
+	if apierrors.IsForbidden(err) {
+		n.log.Warn("the agent may not read its DaemonSet: a stop will never be taken for an uninstallation", "error", err)
+	}
+	return err == nil
+}
+
+// leave does what this stop asks for. stopKube ends what wants pods in the mesh.
+func (n *node) leave(granted bool, stopKube func()) {
+	v := n.decide(granted)
+	if v == replaced {
+		n.log.Info("another agent follows: plugin and pods stay as they are, new pods wait")
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), removeTimeout)
+	defer cancel()
+	if err := n.installer.Remove(ctx); err != nil {
+		n.log.Error("removing the plugin", "error", err)
+	} else {
+		n.log.Info("the plugin is removed")
+	}
+	if v == uninstalled {
+		stopKube()
+		n.detachAll()
+	}
+}
+
+func (n *node) decide(granted bool) verdict {
+	ctx, cancel := context.WithTimeout(context.Background(), askTimeout)
+	defer cancel()
+	tries := 1
+	if n.cfg.Install.Owned {
+		tries = 3 // What is removed by mistake lets pods start without the mesh after a reboot.
+	}
+	var v verdict
+	var err error
+	for i := range tries {
+		if i > 0 {
+			select {
+			case <-time.After(time.Second):
+			case <-ctx.Done():
+			}
+		}
+		if v, err = judge(ctx, n.client, n.cfg.PodNamespace, n.cfg.NodeName, granted); err == nil {
+			break
+		}
+	}
+	if err != nil {
+		n.log.Warn("whether the agent is replaced cannot be found out: as if it were", "error", err)
+	}
+	if v == replaced && n.cfg.NoSafeUpgrade {
+		return leaving
+	}
+	return v
+}
+
+// detachAll takes every pod out of the mesh, once no proxy serves them any
+// more: then everything is being uninstalled, and pods must not be left without
+// a network. While a proxy stays, so do its pods.
+func (n *node) detachAll() {
+	if !wait(proxyTimeout, func() bool { return n.agent.Proxies() == 0 }) {
+		n.log.Warn("a proxy still serves this node: its pods stay captured, and new ones start without the mesh")
+		return
+	}
+	ctx, cancel := context.WithTimeoutCause(context.Background(), detachTimeout, errors.New("the agent has to end"))
+	defer cancel()
+	var wg sync.WaitGroup
+	for _, s := range n.agent.Status() {
+		wg.Go(func() {
+			if err := n.agent.Delete(ctx, s.Pod.UID); err != nil {
+				n.log.Error("pod stays captured", "pod", s.Pod.String(), "error", err)
+			}
+		})
+	}
+	wg.Wait()
+	n.log.Info("pods are out of the mesh", "left", len(n.agent.Status()))
+}
+
+// wait polls ok for at most d.
+func wait(d time.Duration, ok func() bool) bool {
+	for end := time.Now().Add(d); !ok(); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			return false
+		}
+	}
+	return true
+}
