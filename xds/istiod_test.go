@@ -9,7 +9,6 @@ import (
 	"log/slog"
 	"net"
 	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -17,7 +16,6 @@ import (
 	"time"
 
 	discoveryv3 "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
-	"golang.org/x/net/dns/dnsmessage"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -25,6 +23,8 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/mem"
 	"google.golang.org/grpc/status"
+
+	"github.com/ztun/ztun/xds/istiodtest"
 )
 
 // A logBook is a log that can be read while it is written.
@@ -254,78 +254,9 @@ func TestAddress(t *testing.T) {
 	}
 }
 
-// A nameserver answers A queries of one name.
-type nameserver struct {
-	conn    net.PacketConn
-	done    chan struct{}
-	queries atomic.Int32
-	mu      sync.Mutex
-	address [4]byte // zero: there is no such name
-}
-
-// useNameserver makes this process resolve by it.
-func useNameserver(t *testing.T) *nameserver {
-	t.Helper()
-	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	n := &nameserver{conn: conn, done: make(chan struct{})}
-	go n.serve()
-	old := net.DefaultResolver
-	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "udp", conn.LocalAddr().String())
-	}}
-	t.Cleanup(func() {
-		net.DefaultResolver = old
-		_ = conn.Close()
-		<-n.done
-	})
-	return n
-}
-
-func (n *nameserver) set(address [4]byte) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	n.address = address
-}
-
-func (n *nameserver) serve() {
-	defer close(n.done)
-	buf := make([]byte, 1500)
-	for {
-		size, from, err := n.conn.ReadFrom(buf)
-		if err != nil {
-			return
-		}
-		var m dnsmessage.Message
-		if m.Unpack(buf[:size]) != nil || len(m.Questions) != 1 {
-			continue
-		}
-		q := m.Questions[0]
-		n.mu.Lock()
-		address := n.address
-		n.mu.Unlock()
-		m.Response, m.Authoritative, m.Additionals = true, true, nil
-		switch {
-		case address == [4]byte{} || !strings.HasPrefix(q.Name.String(), "istiod.istio-system.svc."):
-			m.RCode = dnsmessage.RCodeNameError
-		case q.Type == dnsmessage.TypeA:
-			n.queries.Add(1)
-			m.Answers = []dnsmessage.Resource{{
-				Header: dnsmessage.ResourceHeader{Name: q.Name, Type: q.Type, Class: q.Class, TTL: 3600},
-				Body:   &dnsmessage.AResource{A: address},
-			}}
-		}
-		if out, err := m.Pack(); err == nil {
-			_, _ = n.conn.WriteTo(out, from)
-		}
-	}
-}
-
 // The name is asked for at each attempt, whatever its TTL: istiod may have moved.
 func TestNameIsResolvedAtEachAttempt(t *testing.T) {
-	names := useNameserver(t)
+	names := istiodtest.UseNameserver(t, "istiod.istio-system.svc")
 	s := &server{t: t, streams: make(chan *stream), dir: t.TempDir()}
 	s.write("token", []byte("secret"))
 	first := listen(t, "127.0.0.1:0")
@@ -342,19 +273,19 @@ func TestNameIsResolvedAtEachAttempt(t *testing.T) {
 	if r.isReady() || r.Stats().Terminations["ConnectionError"] < 3 {
 		t.Errorf("without the name: ready %v, %v", r.isReady(), r.Stats().Terminations)
 	}
-	names.set([4]byte{127, 0, 0, 1})
+	names.Set([4]byte{127, 0, 0, 1})
 	st := next(t, r, s)
 	st.want("first", &request{TypeUrl: typeA})
 	st.send(&response{TypeUrl: typeA, Nonce: "1"})
 	st.want("ack", &request{TypeUrl: typeA, ResponseNonce: "1"})
-	asked := names.queries.Load()
+	asked := names.Queries.Load()
 
 	second := listen(t, fmt.Sprintf("127.0.0.2:%d", port))
 	s.serveOn(second, "istiod.istio-system.svc")
-	names.set([4]byte{127, 0, 0, 2})
+	names.Set([4]byte{127, 0, 0, 2})
 	stop()
 	next(t, r, s).want("from where it is now", &request{TypeUrl: typeA})
-	if names.queries.Load() == asked {
+	if names.Queries.Load() == asked {
 		t.Error("nobody was asked for the name again")
 	}
 }
@@ -413,34 +344,12 @@ func TestKubernetesSwapsTheDirectories(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
-	versions := 0
-	swap := func(files map[string]string) {
-		t.Helper()
-		versions++
-		version := fmt.Sprintf("..%d", versions)
-		err := os.Mkdir(filepath.Join(dir, version), 0o700)
-		for name, text := range files {
-			err = errors.Join(err, os.WriteFile(filepath.Join(dir, version, name), []byte(text), 0o600))
-		}
-		err = errors.Join(err, os.Symlink(version, filepath.Join(dir, "..tmp")), os.Rename(filepath.Join(dir, "..tmp"), filepath.Join(dir, "..data")))
-		if versions > 1 {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(dir, fmt.Sprintf("..%d", versions-1))))
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	for _, name := range []string{"root-cert.pem", "istio-token"} {
-		if err := os.Symlink(filepath.Join("..data", name), filepath.Join(dir, name)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	swap(map[string]string{"root-cert.pem": string(root), "istio-token": "first"})
+	v := istiodtest.NewVolume(t, "root-cert.pem", "istio-token")
+	v.Swap(map[string]string{"root-cert.pem": string(root), "istio-token": "first"})
 	var log logBook
 	config := s.config(Subscription{typeA, newBook()})
 	config.Log = log.logger()
-	config.RootCA, config.Token = filepath.Join(dir, "root-cert.pem"), TokenFile(filepath.Join(dir, "istio-token"))
+	config.RootCA, config.Token = v.Path("root-cert.pem"), TokenFile(v.Path("istio-token"))
 	r := start(t, config)
 	for i, files := range []map[string]string{
 		{"root-cert.pem": string(root), "istio-token": "second"},
@@ -452,7 +361,7 @@ func TestKubernetesSwapsTheDirectories(t *testing.T) {
 		if got, want := st.metadata().Get("authorization"), "Bearer "+[]string{"first", "second", "third", "fourth"}[i]; len(got) != 1 || got[0] != want {
 			t.Errorf("authorization = %q, want %q", got, want)
 		}
-		swap(files)
+		v.Swap(files)
 		st.end <- nil
 	}
 	next(t, r, s)

@@ -29,6 +29,7 @@ import (
 	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/certs/certstest"
 	"github.com/ztun/ztun/tunnel/identity"
+	"github.com/ztun/ztun/xds/istiodtest"
 )
 
 // istiod is a server of the Istio CA protocol on loopback.
@@ -256,6 +257,75 @@ func TestErrorsHoldNoSecrets(t *testing.T) {
 		if strings.Contains(text, token) || strings.Contains(text, header) || strings.Contains(text, "BEGIN") {
 			t.Errorf("secrets in %q", text)
 		}
+	}
+}
+
+// Token and roots are volumes that Kubernetes swaps under the process.
+func TestKubernetesSwapsTheFiles(t *testing.T) {
+	s := newIstiod(t)
+	v := istiodtest.NewVolume(t, "root-cert.pem", "istio-token")
+	ca := s.client(t, func(c *certs.IstioCAConfig) {
+		c.RootCA, c.Token = v.Path("root-cert.pem"), certs.TokenFile(v.Path("istio-token"))
+	})
+	if _, err := sign(t, ca); err == nil || !strings.Contains(err.Error(), v.Path("istio-token")) {
+		t.Errorf("before anything is there: %v", err)
+	}
+	for n := range 3 {
+		if n > 0 { // istiod has rotated its own root, and the old one is not trusted any more.
+			s.stop()
+			s.tls = certstest.New()
+			s.start(t, func(*tls.Config, *x509.Certificate) {})
+		}
+		token := fmt.Sprintf("token-%d", n)
+		v.Swap(map[string]string{"root-cert.pem": s.roots(), "istio-token": token})
+		if _, err := sign(t, ca); err != nil {
+			t.Fatalf("version %d: %v", n, err)
+		}
+		if _, md := s.last(); md.Get("authorization")[0] != "Bearer "+token {
+			t.Errorf("version %d: authorization %q", n, md.Get("authorization"))
+		}
+	}
+}
+
+// istiod's Service may not be known yet, and move later; the server's name is
+// the address's, wherever that leads.
+func TestNameIsResolvedAtEachAttempt(t *testing.T) {
+	names := istiodtest.UseNameserver(t, "istiod.istio-system.svc")
+	s := newIstiod(t)
+	named := func(_ *tls.Config, leaf *x509.Certificate) {
+		leaf.IPAddresses, leaf.DNSNames = nil, []string{"istiod.istio-system.svc"}
+	}
+	s.stop()
+	s.start(t, named)
+	_, port, err := net.SplitHostPort(s.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := s.client(t, func(c *certs.IstioCAConfig) { c.Address = "https://istiod.istio-system.svc:" + port })
+	for range 2 {
+		if _, err := sign(t, ca); status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "istiod.istio-system.svc") {
+			t.Errorf("without the name: %v", err)
+		}
+	}
+	names.Set([4]byte{127, 0, 0, 1})
+	if _, err := sign(t, ca); err != nil {
+		t.Errorf("with the name: %v", err)
+	}
+	names.Set([4]byte{127, 0, 0, 2})
+	if _, err := sign(t, ca); err != nil {
+		t.Errorf("on the connection that is there: %v", err)
+	}
+	s.stop()
+	s.addr = "127.0.0.2:" + port
+	s.start(t, named)
+	var last error
+	for range 2 { // The first finds out that the connection is gone.
+		if _, last = sign(t, ca); last == nil {
+			break
+		}
+	}
+	if last != nil {
+		t.Errorf("where it is now: %v", last)
 	}
 }
 

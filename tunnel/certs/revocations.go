@@ -186,8 +186,12 @@ func (r *Revocations) look(now time.Time) {
 		return
 	}
 	r.seen = info
-	if !info.Mode().IsRegular() {
+	switch {
+	case !info.Mode().IsRegular():
 		r.keep(errors.New("not a regular file")) // To open a pipe would wait for a writer.
+		return
+	case info.Size() > maxCRLFile:
+		r.keep(fmt.Errorf("over %d bytes", maxCRLFile)) // Not to be read over and over.
 		return
 	}
 	text, err := readFile(r.cfg.Path, maxCRLFile)

@@ -24,6 +24,7 @@ import (
 	"github.com/ztun/ztun/tunnel/certs"
 	"github.com/ztun/ztun/tunnel/certs/certstest"
 	"github.com/ztun/ztun/tunnel/identity"
+	"github.com/ztun/ztun/xds/istiodtest"
 )
 
 // A logBook is a log that can be read while it is written.
@@ -274,31 +275,33 @@ func TestFileIsReadAgain(t *testing.T) {
 	})
 }
 
-// Kubernetes replaces a mounted ConfigMap by renaming a symbolic link to the
-// directory that the file's own link goes through.
 func TestKubernetesSwapsTheDirectory(t *testing.T) {
-	inFile(t, nil, func(f *crlFile) {
+	v := istiodtest.NewVolume(t, "ca-crl.pem")
+	synctest.Test(t, func(t *testing.T) {
+		r, err := certs.NewRevocations(certs.RevocationsConfig{Path: v.Path("ca-crl.pem")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); _ = r.Run(ctx) }()
 		ca := certstest.New()
-		dir := filepath.Dir(f.path)
-		swap := func(version string, text []byte) {
-			data := filepath.Join(dir, version)
-			if err := errors.Join(os.Mkdir(data, 0o700), os.WriteFile(filepath.Join(data, "ca-crl.pem"), text, 0o600),
-				os.Symlink(version, filepath.Join(dir, "..data_tmp")), os.Rename(filepath.Join(dir, "..data_tmp"), filepath.Join(dir, "..data"))); err != nil {
-				f.t.Fatal(err)
+		revoked := []*x509.Certificate{}
+		for n := range 4 {
+			if got := r.Stats().Revoked; got != n {
+				t.Errorf("%d certificates are revoked, want %d", got, n)
 			}
+			revoked = append(revoked, ca.Issue(id(n)).Leaf)
+			v.Swap(map[string]string{"ca-crl.pem": string(ca.Issuer().CRL(nil, revoked...))})
+			time.Sleep(5 * time.Second)
 		}
-		if err := os.Symlink(filepath.Join("..data", "ca-crl.pem"), f.path); err != nil {
-			f.t.Fatal(err)
+		v.Swap(nil) // The ConfigMap lost its key.
+		time.Sleep(5 * time.Second)
+		if got := r.Stats().Revoked; got != 4 {
+			t.Errorf("%d certificates are revoked once the file is gone, want 4", got)
 		}
-		swap("..1", ca.Issuer().CRL(nil, ca.Issue(web).Leaf))
-		f.pass()
-		f.want(1, 1)
-		swap("..2", ca.Issuer().CRL(nil, ca.Issue(web).Leaf, ca.Issue(db).Leaf))
-		if err := os.RemoveAll(filepath.Join(dir, "..1")); err != nil {
-			f.t.Fatal(err)
-		}
-		f.pass()
-		f.want(2, 2)
+		cancel()
+		<-done
 	})
 }
 
