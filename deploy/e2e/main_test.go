@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -107,11 +108,11 @@ func (r *rows) print(out *os.File) {
 }
 
 // claim is the first line of each case: what it shows, for the table. The
-// context ends with the case, at the latest after three minutes.
+// context ends with the case, at the latest after five minutes.
 func claim(t *testing.T, text string) context.Context {
 	t.Helper()
 	begin := time.Now()
-	ctx, cancel := context.WithTimeoutCause(t.Context(), 3*time.Minute, fmt.Errorf("case %s takes too long", t.Name()))
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 5*time.Minute, fmt.Errorf("case %s takes too long", t.Name()))
 	t.Cleanup(func() {
 		cancel()
 		result := "ok"
@@ -126,23 +127,25 @@ func claim(t *testing.T, text string) context.Context {
 	return ctx
 }
 
-// installed is the chart, on the cluster once, with what it said when it was not.
-var installed = sync.OnceValue(func() error {
-	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Minute, fmt.Errorf("after a minute"))
+// applied is the chart, given to the cluster once.
+var applied = sync.OnceValue(func() error {
+	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Minute, errors.New("after a minute"))
 	defer cancel()
 	text, err := chartText()
 	if err != nil {
 		return err
 	}
-	if err := world.Apply(ctx, text); err != nil {
+	return world.Apply(ctx, text)
+})
+
+// installed is the chart with both DaemonSets ready on every node, waited for once.
+var installed = sync.OnceValue(func() error {
+	if err := applied(); err != nil {
 		return err
 	}
-	for _, name := range []string{agentName, proxyName} {
-		if err := world.Rolled(ctx, system, name); err != nil {
-			return err
-		}
-	}
-	return nil
+	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Minute, errors.New("after a minute"))
+	defer cancel()
+	return errors.Join(world.Rolled(ctx, system, agentName), world.Rolled(ctx, system, proxyName))
 })
 
 const (

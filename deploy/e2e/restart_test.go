@@ -213,7 +213,9 @@ func TestIstiodDown(t *testing.T) {
 
 func TestSyncz(t *testing.T) {
 	ctx := claim(t, "proxy-status of istiod (debug/syncz) lists each node's proxy")
-	mesh(t)
+	if err := applied(); err != nil {
+		t.Fatal(err)
+	}
 	p := &place{t: t, ctx: ctx}
 	p.wait("both proxies", func() error {
 		text, err := world.Istiod(ctx, "/debug/syncz")

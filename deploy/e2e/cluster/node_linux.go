@@ -182,7 +182,7 @@ func (c *nodeConfig) daemons() ([]*process, error) {
 	for path, content := range map[string]string{
 		"/etc/e2e/containerd.toml":        containerdConfig,
 		cniConfig + "/10-bridge.conflist": fmt.Sprintf(bridgeConfig, c.Pods),
-		"/etc/e2e/kubelet.yaml":           fmt.Sprintf(kubeletConfig, criSocket, cgroup, !unified(), c.Address, dnsService),
+		"/etc/e2e/kubelet.yaml":           fmt.Sprintf(kubeletConfig, criSocket, cgroup, c.Address, dnsService),
 		"/etc/e2e/kube-proxy.yaml":        fmt.Sprintf(proxyConfig, c.Mode, c.Address, podNetwork, c.Name, kubeconfig("proxy")),
 	} {
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -253,13 +253,13 @@ const bridgeConfig = `{"cniVersion": "1.0.0", "name": "pods", "plugins": [
   {"type": "portmap", "capabilities": {"portMappings": true}}]}
 `
 
-// Runtime's socket, cgroup, whether cgroup v1 is fine, address, DNS. Anyone on this private network may ask the kubelet.
+// Runtime's socket, cgroup, address, DNS. Anyone on this private network may ask the kubelet.
 const kubeletConfig = `apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
 containerRuntimeEndpoint: unix://%s
 cgroupDriver: cgroupfs
 cgroupRoot: /%s
-failCgroupV1: %t
+failCgroupV1: false
 authentication: {anonymous: {enabled: true}}
 authorization: {mode: AlwaysAllow}
 address: %s
