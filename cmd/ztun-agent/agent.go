@@ -114,7 +114,7 @@ func (n *node) build() (err error) {
 	if err != nil {
 		return err
 	}
-	n.asked = owner.NewServer(owner.ServerConfig{Of: n.owners.Of, Addresses: n.addresses, UID: cfg.ProxyUID, Log: n.log})
+	n.asked = owner.NewServer(owner.ServerConfig{Of: n.owners.Of, Addresses: n.agent.Addresses, UID: cfg.ProxyUID, Log: n.log})
 	n.enrol, err = enrol.New(enrol.Config{
 		Client: n.client, Agent: n.agent, Finder: &procs.Finder{Proc: cfg.Host.Path("/proc"), Host: n.host},
 		NodeName: cfg.NodeName, SystemNamespace: cfg.SystemNamespace, Selectors: selectors, ExcludeNamespaces: cfg.ExcludeNamespaces,
@@ -161,19 +161,6 @@ func (n *node) isProbe(src, dst netip.AddrPort) bool {
 		n.log.Debug("asking whose a connection is", "error", err)
 	}
 	return err == nil && o.MayProbe()
-}
-
-// addresses are those of a pod on this node.
-func (n *node) addresses(uid string) []netip.Addr {
-	for _, s := range n.agent.Status() {
-		if s.Pod.UID == uid {
-			if len(s.Pod.Addresses) > 0 {
-				return s.Pod.Addresses
-			}
-			return s.Addresses
-		}
-	}
-	return nil
 }
 
 // serve runs what build made, until stop ends or a part does.

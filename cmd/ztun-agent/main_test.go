@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -270,8 +271,9 @@ func (p *program) installed() bool {
 
 // add asks as the plugin does.
 func (p *program) add(body string) (int, string) {
-	client := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true, Dial: func(_, _ string) (net.Conn, error) {
-		return net.Dial("unix", filepath.Join(p.dir, "run", wire.SocketName))
+	client := &http.Client{Timeout: patience, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", filepath.Join(p.dir, "run", wire.SocketName))
 	}}}
 	resp, err := client.Post("http://agent"+wire.AddPath, "application/json", strings.NewReader(body))
 	if err != nil {
@@ -366,6 +368,46 @@ func TestStops(t *testing.T) {
 				t.Errorf("the plugin is gone: %s", p.out)
 			case !tt.stays && (p.file("etc/cni/net.d/10-n.conflist") != chain || !strings.Contains(p.file("opt/cni/bin/ztun-cni"), "no such file")):
 				t.Errorf("the plugin stays: %s", p.out)
+			}
+		})
+	}
+}
+
+// TestPodsAtStop has a pod of the mesh, and never a proxy.
+func TestPodsAtStop(t *testing.T) {
+	for name, uninstall := range map[string]bool{"replaced": false, "uninstalled": true} {
+		t.Run(name, func(t *testing.T) {
+			a := newAPI(t)
+			a.put("/api/v1/pods", &corev1.PodList{TypeMeta: metav1.TypeMeta{Kind: "PodList", APIVersion: "v1"}, ListMeta: metav1.ListMeta{ResourceVersion: "1"},
+				Items: []corev1.Pod{{ObjectMeta: metav1.ObjectMeta{Name: "meshed-1", Namespace: "demo", UID: "u-2", ResourceVersion: "1",
+					Labels: map[string]string{"istio.io/dataplane-mode": "ambient"}}, Spec: corev1.PodSpec{NodeName: "na"}}}})
+			dir := host(t)
+			pod, other := netnstest.New(t, "pod"), netnstest.New(t, "node")
+			netnstest.Veth(t, pod, "eth0", other, "pod0")
+			pod.Addr("eth0", "10.1.0.5/24")
+			pod.Up("eth0")
+			other.Up("pod0")
+			before := pod.Run("ip", "rule")
+
+			p := start(t, dir, a)
+			p.wait("readiness", p.ready)
+			// The host's first process is the test, which has the namespace open.
+			request := fmt.Sprintf(`{"Netns":"/proc/1/fd/%d","PodName":"meshed-1","PodNamespace":"demo","PodUID":"u-2","IPs":[{"Address":"10.1.0.5/24"}]}`, pod.File().Fd())
+			if code, text := p.add(request); code != 500 || !strings.Contains(text, "no proxy") {
+				t.Errorf("a pod that no proxy serves: %d %q", code, text)
+			}
+			if rules := pod.Run("ip", "rule"); rules == before || !strings.Contains(pod.Run("ip", "link"), "ztun0") {
+				t.Fatalf("the pod is not captured: %s", rules)
+			}
+			if _, metrics := p.get(p.monitoring, "/metrics"); !strings.Contains(metrics, "ztun_agent_pods{phase=\"attached\"} 1\n") {
+				t.Error("the pod is not in the metrics")
+			}
+			if uninstall {
+				a.put(ownPath, nil)
+			}
+			p.stop()
+			if left := strings.Contains(pod.Run("ip", "link"), "ztun0") || pod.Run("ip", "rule") != before; left == uninstall {
+				t.Errorf("captured after the stop: %v; log: %s", left, p.out)
 			}
 		})
 	}
