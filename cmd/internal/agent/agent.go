@@ -352,5 +352,17 @@ func (a *Agent) Status() []Status {
 	return out
 }
 
+// Addresses are a pod's, as far as they are known; none if it is not wanted. It
+// waits for nothing, as Status may.
+func (a *Agent) Addresses(uid string) []netip.Addr {
+	a.mu.Lock()
+	w := a.workers[uid]
+	a.mu.Unlock()
+	if w == nil {
+		return nil
+	}
+	return w.addresses()
+}
+
 // Proxies is how many proxies are connected.
 func (a *Agent) Proxies() int { return a.server.Proxies() }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"sync"
 	"time"
@@ -132,6 +133,16 @@ func (w *worker) status() Status {
 		}
 	}
 	return s
+}
+
+// addresses are the pod's own: those that it is said to have, else those found.
+func (w *worker) addresses() []netip.Addr {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.last.Addresses) == 0 && w.state != nil {
+		return w.state.Addrs
+	}
+	return w.last.Addresses
 }
 
 func repairsOf(a *podnet.Attachment) (n uint64) {
