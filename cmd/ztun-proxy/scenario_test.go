@@ -63,7 +63,8 @@ status: {podIPs: [{ip: 10.1.0.12}]}
 type node struct {
 	*testing.T
 	dir    string
-	ns     *netnstest.NS // The node itself: control plane and proxy.
+	ns     *netnstest.NS // The node itself: control plane and first proxy.
+	home   *netnstest.NS // Of the latest proxy.
 	fabric *netnstest.NS // The pods' router.
 	pa, pb *netnstest.NS
 
@@ -95,6 +96,7 @@ func (b *lockedBuffer) String() string {
 func newNode(t *testing.T) *node {
 	netnstest.Require(t)
 	n := &node{T: t, dir: t.TempDir(), ns: netnstest.New(t, "node")}
+	n.home = n.ns
 	fabric := netnstest.New(t, "fabric")
 	n.fabric = fabric
 	fabric.Bridge("br0")
@@ -181,11 +183,15 @@ func (n *node) startControl() {
 	n.stopControl = sync.OnceFunc(func() { cancel(); <-done })
 }
 
-func (n *node) startAgent() {
+func (n *node) startAgent(more ...func(*agent.Config)) {
 	n.Helper()
-	a, err := agent.New(agent.Config{
+	cfg := agent.Config{
 		StateDir: filepath.Join(n.dir, "agent"), Socket: filepath.Join(n.dir, "agent.sock"), Log: slog.New(slog.DiscardHandler),
-	})
+	}
+	for _, f := range more {
+		f(&cfg)
+	}
+	a, err := agent.New(cfg)
 	if err != nil {
 		n.Fatal(err)
 	}
@@ -202,7 +208,7 @@ func (n *node) startProxy(env ...string) {
 	if err != nil {
 		n.Fatal(err)
 	}
-	cmd := n.ns.Command(self, childArg, "proxy", "proxy", "ztunnel")
+	cmd := n.home.Command(self, childArg, "proxy", "proxy", "ztunnel")
 	cmd.Env = append([]string{
 		"XDS_ADDRESS=127.0.0.1:15012", "CA_ADDRESS=127.0.0.1:15012", "NODE_NAME=n", "INSTANCE_IP=127.0.0.1",
 		"XDS_ROOT_CA=" + filepath.Join(n.dir, "root.pem"), "CA_ROOT_CA=" + filepath.Join(n.dir, "root.pem"),
@@ -253,7 +259,7 @@ func (n *node) http(method, port, path string) (int, string, error) {
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(context.Context, string, string) (net.Conn, error) {
-			return n.ns.Dial("tcp", "127.0.0.1:"+port, time.Second)
+			return n.home.Dial("tcp", "127.0.0.1:"+port, time.Second)
 		},
 	}, Timeout: patience}
 	req, err := http.NewRequest(method, "http://localhost:"+port+path, nil)
