@@ -28,3 +28,17 @@ func TestAddressesAreThoseSaidOrFound(t *testing.T) {
 		t.Errorf("addresses of a pod that is gone: %v", got)
 	}
 }
+
+// TestNodeAddressesFollow is about a bridge that a node's first pod brings.
+func TestNodeAddressesFollow(t *testing.T) {
+	n, ns := newNode(t), podNS(t)
+	n.set(podIn(ns, "u"))
+	proxy := n.startProxy()
+	n.wait("u")
+	want := []netip.Addr{netip.MustParseAddr("10.0.0.1"), netip.MustParseAddr("192.168.0.1")}
+	n.agent.SetNodeAddresses(want)
+	eventually(t, "the proxy knows the other addresses", func() bool {
+		w, ok := proxy.workload("u")
+		return ok && slices.Equal(w.Device.NodeAddresses, want)
+	})
+}

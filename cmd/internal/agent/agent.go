@@ -39,6 +39,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/ztun/ztun/cmd/internal/zds"
 )
@@ -77,7 +78,8 @@ type Config struct {
 	// SocketUID and SocketGID own the socket, which has mode 0600. Zero: the
 	// agent's own.
 	SocketUID, SocketGID int
-	// NodeAddresses are the node's own, from which the kubelet probes.
+	// NodeAddresses are the node's own, from which the kubelet probes, until
+	// SetNodeAddresses says otherwise.
 	NodeAddresses []netip.Addr
 	// Standin reads the devices that no proxy reads. Nil: nobody does.
 	Standin zds.Standin
@@ -131,6 +133,8 @@ type Agent struct {
 	attaching, detaching chan struct{}
 	icmpOnce             sync.Once // Warns that there will be no ICMP sockets.
 
+	nodeAddrs atomic.Pointer[[]netip.Addr] // Written by SetNodeAddresses.
+
 	// mu guards the fields below.
 	mu      sync.Mutex
 	ctx     context.Context // Of Run; nil before.
@@ -167,6 +171,7 @@ func New(cfg Config) (*Agent, error) {
 		workers: map[string]*worker{},
 		changed: make(chan struct{}),
 	}
+	a.nodeAddrs.Store(&cfg.NodeAddresses)
 	for _, s := range saved {
 		a.workers[s.Pod.UID] = newWorker(a, s.Pod, s.State)
 		if s.State == nil {
@@ -351,6 +356,20 @@ func (a *Agent) Status() []Status {
 	slices.SortFunc(out, func(x, y Status) int { return strings.Compare(x.Pod.UID, y.Pod.UID) })
 	return out
 }
+
+// SetNodeAddresses says which addresses are the node's own now.
+func (a *Agent) SetNodeAddresses(addrs []netip.Addr) {
+	addrs = slices.Clone(addrs)
+	a.nodeAddrs.Store(&addrs)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, w := range a.workers {
+		w.kick()
+	}
+}
+
+// nodeAddresses must not be changed by who reads them.
+func (a *Agent) nodeAddresses() []netip.Addr { return *a.nodeAddrs.Load() }
 
 // Addresses are a pod's, as far as they are known; none if it is not wanted. It
 // waits for nothing, as Status may.

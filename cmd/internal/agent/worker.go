@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -38,7 +39,8 @@ type worker struct {
 
 	// Owned by run.
 	attached *attachment
-	current  Pod // What attached was made for, or the state of an earlier agent.
+	current  Pod          // What attached was made for, or the state of an earlier agent.
+	node     []netip.Addr // The node's addresses that proxies were told of.
 	failures int
 
 	// mu guards the fields below.
@@ -244,7 +246,7 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 	same := w.attached != nil && w.current.equal(&p)
 	if same && st.Set && !st.Stale && (st.Device || !w.free()) {
 		w.setAttached(p)
-		return nil
+		return w.tellNode(p)
 	}
 	ns := w.drop()
 	if ns != nil && w.current.Netns != p.Netns {
@@ -253,6 +255,7 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 		ns = nil
 		w.setState(nil)
 	}
+	node := w.agent.nodeAddresses()
 	a, err := w.capture(ctx, ns, p)
 	if err != nil {
 		return err
@@ -262,7 +265,7 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 		_ = a.ns.Close()
 		return err
 	}
-	w.attached, w.current = a, p
+	w.attached, w.current, w.node = a, p, node
 	w.mu.Lock()
 	w.live = a.Attachment
 	w.mu.Unlock()
@@ -280,6 +283,19 @@ func (w *worker) setAttached(p Pod) {
 	if w.wanted != nil && w.wanted.equal(&p) {
 		w.phase = Attached
 	}
+}
+
+// tellNode tells of other addresses of the node than before.
+func (w *worker) tellNode(p Pod) error {
+	node := w.agent.nodeAddresses()
+	if slices.Equal(w.node, node) {
+		return nil
+	}
+	if _, err := w.update(w.attached, p); err != nil {
+		return err
+	}
+	w.node = node
+	return nil
 }
 
 // free reports whether a device that an earlier agent gave away can be had
@@ -386,14 +402,14 @@ func (w *worker) offer(ctx context.Context, a *attachment, p, told Pod) error {
 		return errors.New("the proxy has to let go of the device before the pod can change")
 	}
 	state := a.State()
-	return w.agent.server.Set(p.workload(p.device("", &state, w.agent.cfg.NodeAddresses)), zds.Files{})
+	return w.agent.server.Set(p.workload(p.device("", &state, w.agent.nodeAddresses())), zds.Files{})
 }
 
 // set gives the server a device that was just opened, and owns it. ICMP sockets
 // are opened with it.
 func (w *worker) set(a *attachment, p Pod, file *os.File, offload bool) error {
 	state := a.State()
-	d := p.device(newDeviceID(), &state, w.agent.cfg.NodeAddresses)
+	d := p.device(newDeviceID(), &state, w.agent.nodeAddresses())
 	d.Offload = offload
 	return w.agent.server.Set(p.workload(d), zds.Files{Device: file, ICMP: w.openICMP(a)})
 }
@@ -416,7 +432,7 @@ func (w *worker) openICMP(a *attachment) []*os.File {
 // update tells of the pod whose device the server has already.
 func (w *worker) update(a *attachment, p Pod) (bool, error) {
 	state := a.State()
-	return w.agent.server.Update(p.workload(p.device("", &state, w.agent.cfg.NodeAddresses)))
+	return w.agent.server.Update(p.workload(p.device("", &state, w.agent.nodeAddresses())))
 }
 
 // watch keeps the pod's plumbing as it must be.
