@@ -9,7 +9,9 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
+	"time"
 
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes"
@@ -25,8 +27,12 @@ import (
 	"github.com/ztun/ztun/cmd/internal/standin"
 )
 
-// tunNode is where TUN devices are made.
-const tunNode = "/dev/net/tun"
+const (
+	// tunNode is where TUN devices are made.
+	tunNode = "/dev/net/tun"
+	// nodeEvery is how often the node's addresses are looked at.
+	nodeEvery = 5 * time.Second
+)
 
 // A node is everything that runs.
 type node struct {
@@ -35,7 +41,8 @@ type node struct {
 	health *health
 
 	// Set by build.
-	host      *os.File // The host's network namespace.
+	host      *os.File     // The host's network namespace.
+	addrs     []netip.Addr // The node's own. Owned by followNode once it runs.
 	client    kubernetes.Interface
 	owners    *procs.Owners
 	standin   *standin.Standin
@@ -98,14 +105,13 @@ func (n *node) build() (err error) {
 	if n.owners, err = procs.NewOwners(n.host, cfg.Host.Path("/proc")); err != nil {
 		return err
 	}
-	addrs, err := nodeAddresses(n.host)
-	if err != nil {
+	if n.addrs, err = nodeAddresses(n.host); err != nil {
 		return err
 	}
 	n.standin = standin.New(n.isProbe, n.log)
 	n.agent, err = agent.New(agent.Config{
 		StateDir: cfg.StateDir, Socket: cfg.Socket, SocketUID: cfg.ProxyUID, SocketGID: cfg.ProxyGID,
-		NodeAddresses: addrs, Standin: n.standin, Log: n.log,
+		NodeAddresses: n.addrs, Standin: n.standin, Log: n.log,
 	})
 	if err != nil {
 		return err
@@ -163,6 +169,30 @@ func (n *node) isProbe(src, dst netip.AddrPort) bool {
 	return err == nil && o.MayProbe()
 }
 
+// followNode tells of the node's addresses as they come and go: a bridge comes
+// with the first pod, a tunnel when the CNI likes.
+func (n *node) followNode(ctx context.Context) error {
+	tick := time.NewTicker(nodeEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+		addrs, err := nodeAddresses(n.host)
+		if err != nil {
+			n.log.Warn("the node's addresses are those of before", "error", err)
+			continue
+		}
+		if !slices.Equal(addrs, n.addrs) {
+			n.log.Info("the node has other addresses", "addresses", addrs)
+			n.addrs = addrs
+			n.agent.SetNodeAddresses(addrs)
+		}
+	}
+}
+
 // serve runs what build made, until stop ends or a part does.
 func (n *node) serve(stop context.Context) error {
 	// Installing ends first, then Kubernetes, then what proxies and pods need.
@@ -187,6 +217,7 @@ func (n *node) serve(stop context.Context) error {
 	if stop.Err() == nil && n.ended.Err() == nil {
 		n.log.Info("this node's pods are known; proxies are served", "pods", len(n.agent.Status()))
 		n.start(rest, "proxies", n.agent.Run)
+		n.start(rest, "node's addresses", n.followNode)
 		n.start(rest, "proxies' questions", func(ctx context.Context) error { return n.asked.Serve(ctx, n.askSocket) })
 		n.health.set(n.installer.Ready, n.installer.Err)
 		go func() { defer close(installed); n.part(install, "plugin", n.installer.Run) }()

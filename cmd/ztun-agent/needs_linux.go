@@ -32,7 +32,7 @@ var needed = []struct {
 func needs(cfg *config.Agent, tun string) (host *os.File, err error) {
 	var errs []error
 	errs = append(errs, checkCapabilities("/proc/self/status"))
-	host, err = openHost(cfg.Host.Path("/proc"))
+	host, err = openHost(cfg.Host.Path("/proc"), cfg.Host.Netns)
 	errs = append(errs, err, checkTUN(tun))
 	if err := errors.Join(errs...); err != nil {
 		if host != nil {
@@ -69,12 +69,13 @@ func checkCapabilities(status string) error {
 	return nil
 }
 
-// openHost opens the network namespace of the host's first process.
-func openHost(proc string) (*os.File, error) {
-	f, err := os.Open(proc + "/1/ns/net")
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
+// openHost opens the network namespace of the host, whose processes proc shows.
+func openHost(proc, netns string) (*os.File, error) {
+	if _, err := os.Stat(proc + "/1"); err != nil {
 		return nil, fmt.Errorf("needs: the host's /proc is not mounted at %s (hostPath volume; ZTUN_HOST_DIR says where): %w", proc, err)
+	}
+	f, err := os.Open(netns)
+	switch {
 	case errors.Is(err, fs.ErrPermission):
 		return nil, fmt.Errorf("needs: the host's first process is hidden: CAP_SYS_PTRACE is missing, or AppArmor or SELinux forbids it: %w", err)
 	case err != nil:

@@ -49,8 +49,28 @@ func TestWhoDeniesTUN(t *testing.T) {
 }
 
 func TestHostsProc(t *testing.T) {
-	if _, err := openHost(t.TempDir()); err == nil || !strings.Contains(err.Error(), "is not mounted at") {
+	if _, err := openHost(t.TempDir(), "/proc/self/ns/net"); err == nil || !strings.Contains(err.Error(), "is not mounted at") {
 		t.Errorf("an empty folder: %v", err)
+	}
+}
+
+// TestHostsNamespace is the one that is named.
+func TestHostsNamespace(t *testing.T) {
+	ns := netnstest.New(t, "host")
+	f, err := openHost("/proc", ns.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	want, err := ns.File().Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := f.Stat(); err != nil || !os.SameFile(got, want) {
+		t.Errorf("another namespace was opened: %v", err)
+	}
+	if _, err := openHost("/proc", "/nowhere"); err == nil || !strings.Contains(err.Error(), "network namespace: open /nowhere") {
+		t.Errorf("no namespace: %v", err)
 	}
 }
 

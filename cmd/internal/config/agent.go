@@ -61,8 +61,13 @@ type Install struct {
 	GroupRead bool   // CNI_CONF_GROUP_READ
 }
 
-// Host is where the node shows in the agent's files. ZTUN_HOST_DIR. /host
-type Host struct{ Dir string }
+// Host is where the node shows in the agent's files.
+type Host struct {
+	Dir string // ZTUN_HOST_DIR. /host
+	// Netns is the host's network namespace. ZTUN_HOST_NETNS, for nodes whose
+	// first process is in another. That of process 1
+	Netns string
+}
 
 // Root is what is put before a path of the host's: "" on the host itself.
 func (h Host) Root() string { return strings.TrimSuffix(h.Dir, "/") }
@@ -85,6 +90,8 @@ func LoadAgent(src Source) (*Agent, error) {
 		HealthPort: 8000, MonitoringPort: 15014,
 	}
 	l.agent(a)
+	a.Host.Netns = a.Host.Path("/proc/1/ns/net")
+	set(l, "ZTUN_HOST_NETNS", &a.Host.Netns, parseString)
 	l.agentInstall(&a.Install, a.Host)
 	l.agentUnused()
 	a.Notes = l.cfg.Notes
@@ -194,6 +201,7 @@ func (a *Agent) validate() error {
 	}
 	for _, p := range []struct{ name, path string }{
 		{"CNI_AGENT_RUN_DIR", a.RunDir}, {"ZTUN_STATE_DIR", a.StateDir}, {"ZTUNNEL_UDS_ADDRESS", a.Socket}, {"ZTUN_HOST_DIR", a.Host.Dir},
+		{"ZTUN_HOST_NETNS", a.Host.Netns},
 		{"MOUNTED_CNI_NET_DIR", a.Install.NetDir}, {"ZTUN_CNI_BIN_DIR", a.Install.BinDir}, {"ZTUN_CNI_BINARY", a.Install.Binary},
 	} {
 		if !filepath.IsAbs(p.path) {
