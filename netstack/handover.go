@@ -29,7 +29,8 @@ import (
 // it for good; from now on it reads packets, which a stack sends whose Predecessor
 // the other end is. No SYN is answered any more; those that wait for an answer go
 // to that one. Flows live on and still write. When the other end is closed, the
-// device is read again. The Stack owns packets unless there is an error.
+// device is read again. The Stack owns packets unless there is an error,
+// ErrClosed for one.
 func (s *Stack) Yield(packets *os.File) error {
 	err := errClosed
 	s.onLoop(func() { err = s.yield(packets) })
@@ -59,6 +60,7 @@ func (s *Stack) yield(packets *os.File) error {
 			s.handBack(r)
 		}
 	}
+	s.held = nil
 	return nil
 }
 
@@ -202,6 +204,37 @@ func (s *Stack) forgetPredecessor() {
 	}
 	s.alone = nil
 }
+
+// Lend returns other descriptors of the device and the ICMP sockets if this
+// stack reads the device. yielded says that it has yielded it. It waits for the
+// loop.
+func (s *Stack) Lend() (device *os.File, icmp []*os.File, yielded bool, err error) {
+	s.onLoop(func() {
+		if yielded = s.source != s.dev; yielded || s.closed {
+			return
+		}
+		list := []int{s.dev.FD()}
+		for _, sock := range s.icmp {
+			list = append(list, sock.fd)
+		}
+		var files []*os.File
+		for _, fd := range list {
+			var d int
+			if d, err = unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0); err != nil {
+				for _, f := range files {
+					f.Close()
+				}
+				return
+			}
+			files = append(files, os.NewFile(uintptr(d), "lent"))
+		}
+		device, icmp = files[0], files[1:]
+	})
+	return device, icmp, yielded, err
+}
+
+// ErrClosed says that the stack is closed.
+var ErrClosed = errClosed
 
 // isStray says that the segment, which is of no Flow and no SYN, belongs to
 // no connection here at all. Those whose handshake is under way at a listener

@@ -26,15 +26,10 @@ func (r *Request) probed(yes bool) {
 	case yes:
 		r.forward()
 	case r.stack.quiet:
-		r.drop()
+		r.stack.holdBack(r)
 	default:
 		r.stack.handler.HandleTCP(r)
 	}
-}
-
-// mayProbe says that a SYN has to be asked about before it can be left alone.
-func (s *Stack) mayProbe(p *packet) bool {
-	return s.cfg.IsProbe != nil && p.tuple.dstPort != TunnelPort && s.isPod(p.tuple.dst)
 }
 
 // forward sends the SYN on at L3, and from now on the connection that it opens.

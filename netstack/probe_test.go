@@ -163,6 +163,7 @@ func TestProbesPassWhileNothingIsAccepted(t *testing.T) {
 	p.write(tun.Header{}, syn)
 	(<-p.asked)(false)
 	p.silent("no probe")
+	syn = segment(netip.AddrPortFrom(node.Addr(), node.Port()+1), webPort, flagSYN, 1, 0, nil)
 	p.write(tun.Header{}, syn)
 	(<-p.asked)(true)
 	if b, _ := p.read(); !bytes.Equal(b, syn) {
@@ -171,4 +172,9 @@ func TestProbesPassWhileNothingIsAccepted(t *testing.T) {
 	if len(p.handled)+len(p.asked) != 0 {
 		t.Error("a connection was taken")
 	}
+	do(p.stack.Loop(), func() int { p.stack.Accept(); return 0 })
+	if got := (<-p.handled).Src(); got != client && got != node {
+		t.Errorf("a request of %v after all", got)
+	}
+	<-p.handled // The other one.
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"slices"
 	"syscall"
 	"time"
 
@@ -128,12 +129,20 @@ func (s *Stack) ask() {
 			switch {
 			case r.over, s.probing(r):
 			case s.quiet:
-				r.drop()
+				s.holdBack(r)
 			default:
 				s.handler.HandleTCP(r)
 			}
 		}
 	}
+}
+
+// holdBack keeps a request of a quiet stack for Yield or Accept.
+func (s *Stack) holdBack(r *Request) {
+	if len(s.held) > 2*len(s.pending) {
+		s.held = slices.DeleteFunc(s.held, func(r *Request) bool { return r.over })
+	}
+	s.held = append(s.held, r)
 }
 
 // drop forgets the request without an answer.

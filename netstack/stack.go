@@ -49,9 +49,10 @@ type Stack struct {
 	bypass    forwarded
 	listeners []*listener
 	reserved  int64
-	port      uint32  // of the last dial without one, from firstPort on
-	timeWaits []*Flow // oldest first
-	quiet     bool    // answers no SYN
+	port      uint32     // of the last dial without one, from firstPort on
+	timeWaits []*Flow    // oldest first
+	quiet     bool       // answers no SYN
+	held      []*Request // those of a quiet stack, and some that are over
 	closed    bool
 	source    *tun.Device // what is read: dev, or what the successor sends
 	before    *tun.Device // the predecessor's socket; nil: there is none
@@ -147,10 +148,23 @@ func (s *Stack) onLoop(f func()) {
 	}
 }
 
-// StopAccepting leaves every SYN without an answer from now on, so that its
-// sender repeats it and whoever reads the device next answers. Flows live on.
+// StopAccepting leaves every SYN without an answer from now on: it waits for
+// Yield, which hands it to whoever reads the device next, or for its sender to
+// repeat it. Flows live on.
 func (s *Stack) StopAccepting() {
 	s.onLoop(func() { s.quiet = true })
+}
+
+// Accept undoes StopAccepting. It runs on the loop.
+func (s *Stack) Accept() {
+	s.quiet = false
+	held := s.held
+	s.held = nil
+	for _, r := range held {
+		if !r.over {
+			s.handler.HandleTCP(r)
+		}
+	}
 }
 
 // StopReading leaves the device to another reader. It returns once this one

@@ -121,7 +121,7 @@ func (s *Stack) segment(p *packet, h tun.Header, n int) {
 		s.forward(h, n)
 		return
 	case p.isSYN():
-		if s.quiet && !s.mayProbe(p) || s.source != s.dev {
+		if s.source != s.dev || s.quiet && p.tuple.dstPort == TunnelPort {
 			return
 		}
 	case s.before != nil && s.isStray(p) && s.handOn(h, n):
