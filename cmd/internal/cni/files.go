@@ -47,14 +47,17 @@ func replace(path string, from io.Reader, mode fs.FileMode, like string) (err er
 			err = fmt.Errorf("cni: write %s: %w", path, err)
 		}
 	}()
-	if info, e := os.Stat(like); like != "" && e == nil {
+	info, e := os.Stat(like)
+	kept := like != "" && e == nil
+	if kept {
 		mode = info.Mode().Perm()
+	}
+	// The mode first: the agent has no CAP_FOWNER to change it when the file is somebody else's.
+	err = f.Chmod(mode)
+	if err == nil && kept {
 		if st, ok := info.Sys().(*syscall.Stat_t); ok && (int(st.Uid) != os.Geteuid() || int(st.Gid) != os.Getegid()) {
 			err = f.Chown(int(st.Uid), int(st.Gid))
 		}
-	}
-	if err == nil {
-		err = f.Chmod(mode)
 	}
 	if err == nil {
 		_, err = io.Copy(f, from)
