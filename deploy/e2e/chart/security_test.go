@@ -184,8 +184,8 @@ func TestRolesAreLeast(t *testing.T) {
 		want := []string{
 			"istio-cni-ambient: patch pods/status ",
 			"istio-cni: get daemonsets istio-cni-node",
-			"istio-cni: get list watch pods namespaces services ",
 			"istio-cni: get nodes ",
+			"istio-cni: list watch pods namespaces services ",
 		}
 		accounts := 1
 		if name == "openshift" {
