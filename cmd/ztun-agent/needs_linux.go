@@ -81,15 +81,12 @@ func openHost(proc, netns string) (*os.File, error) {
 	case err != nil:
 		return nil, fmt.Errorf("needs: the host's network namespace: %w", err)
 	}
-	// The container's own /proc shows us, or our parent, as process 1.
+	// The container's own /proc shows us as process 1.
 	theirs, err := os.Readlink(proc + "/1/ns/pid")
 	ours, e := os.Readlink("/proc/self/ns/pid")
-	if err = errors.Join(err, e); err == nil && theirs == ours && os.Getpid() == 1 {
-		err = fmt.Errorf("%s shows this container's processes, not the host's", proc)
-	}
-	if err != nil {
+	if err == nil && e == nil && theirs == ours && os.Getpid() == 1 {
 		_ = f.Close()
-		return nil, fmt.Errorf("needs: the host's /proc: %w", err)
+		return nil, fmt.Errorf("needs: %s shows this container's processes, not the host's", proc)
 	}
 	return f, nil
 }

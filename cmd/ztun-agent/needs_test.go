@@ -56,8 +56,11 @@ func TestHostsProc(t *testing.T) {
 
 // TestHostsNamespace is the one that is named.
 func TestHostsNamespace(t *testing.T) {
-	ns := netnstest.New(t, "host")
-	f, err := openHost("/proc", ns.Path())
+	ns, proc := netnstest.New(t, "host"), t.TempDir()
+	if err := os.Mkdir(filepath.Join(proc, "1"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	f, err := openHost(proc, ns.Path())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -69,7 +72,7 @@ func TestHostsNamespace(t *testing.T) {
 	if got, err := f.Stat(); err != nil || !os.SameFile(got, want) {
 		t.Errorf("another namespace was opened: %v", err)
 	}
-	if _, err := openHost("/proc", "/nowhere"); err == nil || !strings.Contains(err.Error(), "network namespace: open /nowhere") {
+	if _, err := openHost(proc, "/nowhere"); err == nil || !strings.Contains(err.Error(), "network namespace: open /nowhere") {
 		t.Errorf("no namespace: %v", err)
 	}
 }
