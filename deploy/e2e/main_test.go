@@ -159,7 +159,10 @@ func chartText() (string, error) {
 	manifests, err := chart.Manifests("../chart", chart.Options{Values: map[string]any{
 		"image": name, "tag": tag, "imagePullPolicy": "Never",
 		"resources": map[string]any{"requests": map[string]any{"cpu": "10m", "memory": "64Mi"}},
-		"cni":       map[string]any{"resources": map[string]any{"requests": map[string]any{"cpu": "10m", "memory": "32Mi"}}},
+		"cni": map[string]any{
+			"resources": map[string]any{"requests": map[string]any{"cpu": "10m", "memory": "32Mi"}},
+			"env":       map[string]any{"ZTUN_HOST_NETNS": "/host/var" + cluster.HostNetns},
+		},
 	}})
 	if err != nil {
 		return "", err

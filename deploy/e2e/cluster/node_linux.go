@@ -37,6 +37,9 @@ const (
 // containerd's defaults, each in the node's own mounts.
 const (
 	criSocket = "/run/containerd/containerd.sock"
+	// HostNetns is a node's own network namespace, as its files show it.
+	HostNetns = "/run/netns/of-the-node"
+
 	cniConfig = "/etc/cni/net.d"
 	cniBin    = "/opt/cni/bin"
 )
@@ -107,6 +110,14 @@ func (c *nodeConfig) mounts() error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
+	}
+	// The nodes share the machine's processes, of which the first is in none of
+	// their network namespaces.
+	if err := os.WriteFile(HostNetns, nil, 0o444); err != nil {
+		return err
+	}
+	if err := unix.Mount("/proc/self/ns/net", HostNetns, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mount %s: %w", HostNetns, err)
 	}
 	// A machine's own chain must not be taken for the node's.
 	if err := os.RemoveAll(cniConfig); err != nil {
