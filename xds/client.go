@@ -51,8 +51,9 @@ type Client struct {
 	answered bool           // By any stream.
 	roots    *x509.CertPool // Of the last connection.
 	hasRoots bool           // A nil pool means the system's.
-	ends     complaint
-	rootEnds complaint
+	toldOnce bool           // that something fails at the start
+	ends     complaints
+	rootEnds complaints
 }
 
 // New checks the configuration. Nothing happens before Run.
@@ -116,8 +117,8 @@ func (c *Client) level(end Termination, err error, now time.Time) slog.Level {
 	switch {
 	case end == Reconnect || end == Complete:
 		return slog.LevelInfo
-	case quiet && c.ends.text == "":
-		c.ends.text = "at the start" // Whatever it is, it is told again.
+	case quiet && !c.toldOnce:
+		c.toldOnce = true
 		return slog.LevelInfo
 	case quiet || !c.ends.news(err, now):
 		return slog.LevelDebug
@@ -172,7 +173,7 @@ func (c *Client) connect() (*grpc.ClientConn, error) {
 	roots, err := loadRoots(c.config.RootCA)
 	switch {
 	case err == nil:
-		c.roots, c.hasRoots, c.rootEnds = roots, true, complaint{}
+		c.roots, c.hasRoots, c.rootEnds = roots, true, nil
 	case !c.hasRoots:
 		return nil, err
 	case c.rootEnds.news(err, time.Now()):
@@ -219,7 +220,7 @@ func (c *Client) serve(stream deltaStream) error {
 			return err
 		}
 		if first {
-			c.answered, c.ends = true, complaint{}
+			c.answered, c.ends = true, nil
 			if c.config.Answered != nil {
 				c.config.Answered()
 			}
@@ -299,24 +300,28 @@ func classify(err error) Termination {
 	return Error
 }
 
-// A complaint is a line of the log that is not repeated for a while.
-type complaint struct {
-	text string
-	at   time.Time
-}
+// complaints are lines of the log that are not repeated for a while. A server
+// that is away fails in more than one way by turns.
+type complaints map[string]time.Time
+
+// maxComplaints bounds what complaints remember.
+const maxComplaints = 16
 
 // news reports whether err is to be logged at now. Numbers make no difference:
 // most are ports.
-func (c *complaint) news(err error, now time.Time) bool {
+func (c *complaints) news(err error, now time.Time) bool {
 	text := strings.Map(func(r rune) rune {
 		if r >= '0' && r <= '9' {
 			return -1
 		}
 		return r
 	}, err.Error())
-	if c.text == text && now.Sub(c.at) < remindEvery {
+	if told, ok := (*c)[text]; ok && now.Sub(told) < remindEvery {
 		return false
 	}
-	*c = complaint{text, now}
+	if *c == nil || len(*c) >= maxComplaints {
+		*c = make(complaints)
+	}
+	(*c)[text] = now
 	return true
 }

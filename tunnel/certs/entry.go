@@ -21,7 +21,7 @@ type entry struct {
 	tried    time.Time    // the end of the last fetch
 	failures int          // in a row
 	forming  bool         // the failure is what one expects of a new pod
-	told     complaint    // what was logged of the failures
+	told     complaints   // what was logged of the failures
 	due      time.Time    // of the next fetch
 	priority Priority     // of the next fetch
 	gone     error        // why it was dropped
@@ -35,25 +35,29 @@ type entry struct {
 	changed chan struct{}
 }
 
-// A complaint is a line of the log that is not repeated for a while.
-type complaint struct {
-	text string
-	at   time.Time
-}
+// complaints are lines of the log that are not repeated for a while. A server
+// that is away fails in more than one way by turns.
+type complaints map[string]time.Time
+
+// maxComplaints bounds what complaints remember.
+const maxComplaints = 16
 
 // news reports whether err is to be logged at now. Numbers make no difference:
 // most are ports.
-func (c *complaint) news(err error, now time.Time) bool {
+func (c *complaints) news(err error, now time.Time) bool {
 	text := strings.Map(func(r rune) rune {
 		if r >= '0' && r <= '9' {
 			return -1
 		}
 		return r
 	}, err.Error())
-	if c.text == text && now.Sub(c.at) < remindEvery {
+	if told, ok := (*c)[text]; ok && now.Sub(told) < remindEvery {
 		return false
 	}
-	*c = complaint{text, now}
+	if *c == nil || len(*c) >= maxComplaints {
+		*c = make(complaints)
+	}
+	(*c)[text] = now
 	return true
 }
 

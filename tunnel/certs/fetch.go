@@ -130,7 +130,7 @@ func unreachable(err error) bool {
 // at half of what is left, but never without a pause.
 func (e *entry) succeeded(cert *Certificate, now time.Time) {
 	e.cert, e.err, e.priority, e.failures = cert, nil, Background, 0
-	e.tried, e.forming, e.told = now, false, complaint{}
+	e.tried, e.forming, e.told = now, false, nil
 	if e.due = cert.refreshAt(); !e.due.After(now) {
 		e.due = now.Add(max(cert.NotAfter.Sub(now)/2, firstRetry))
 	}

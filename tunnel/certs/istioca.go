@@ -97,7 +97,7 @@ type IstioCA struct {
 	mu     sync.Mutex
 	link   *link  // nil: none yet, or the last one failed
 	roots  string // of the last link
-	told   complaint
+	told   complaints
 	closed bool
 }
 
@@ -219,7 +219,7 @@ func (c *IstioCA) acquire() (*link, error) {
 		err = c.connectLocked(text)
 	}
 	if err == nil {
-		c.told = complaint{}
+		c.told = nil
 	} else {
 		if c.roots == "" {
 			return nil, err
