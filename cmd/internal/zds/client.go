@@ -14,6 +14,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -44,11 +46,30 @@ type Proxy interface {
 	Stop()
 }
 
+// A Yielder is a Proxy that can be replaced by another process' without a cut.
+// ClientConfig.Yields says that all are.
+type Yielder interface {
+	Proxy
+	// Yield returns once nobody of this process reads the device any more; what
+	// it would have read comes from packets, which it owns unless there is an
+	// error. When that is closed at its other end the device is read again.
+	Yield(packets *os.File) error
+	// Predecessor returns another descriptor of Files.Predecessor, or nil if that
+	// one has ended.
+	Predecessor() *os.File
+	// Lend returns other descriptors of the device and the ICMP sockets if the
+	// proxy reads the device, or none. yielded says that it will read it again
+	// when its successor ends.
+	Lend() (f Files, yielded bool, err error)
+}
+
 // ClientConfig is what a Client needs. The zero value of a field is the
 // default named on it.
 type ClientConfig struct {
 	Socket  string // Where the agent listens. Required.
 	Starter Starter
+	// Yields says that all that Starter starts are Yielders.
+	Yields bool
 	// Ready is told whether every pod of a complete snapshot is served. It
 	// starts as not ready. Nil: nobody is told.
 	Ready func(bool)
@@ -67,12 +88,17 @@ type Client struct {
 	snapshot map[string]struct{} // UIDs named since the hello; nil after the snapshot.
 	ready    bool
 	retryAt  time.Time
+	part     int // Of the ports, as the agent said; 0: it has not.
+
+	started uint64 // Nanoseconds since boot.
 
 	// mu guards the fields below. Only Run changes them.
 	mu      sync.Mutex
 	running map[string]runningPod
 	pending map[string]pendingPod
 	stats   ClientStats
+	leaving bool
+	conn    *net.UnixConn // As long as the agent thinks that we stay.
 }
 
 type runningPod struct {
@@ -110,7 +136,9 @@ func NewClient(cfg ClientConfig) *Client {
 	if cfg.Ready == nil {
 		cfg.Ready = func(bool) {}
 	}
-	return &Client{cfg: cfg, retry: startRetry, running: map[string]runningPod{}, pending: map[string]pendingPod{}}
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) // It cannot fail.
+	return &Client{cfg: cfg, retry: startRetry, started: uint64(now.Nano()), running: map[string]runningPod{}, pending: map[string]pendingPod{}}
 }
 
 // Stats returns the counts as they are now.
@@ -176,11 +204,15 @@ func (c *Client) serve(ctx context.Context, conn *net.UnixConn) (complete bool, 
 	defer stop()
 	defer conn.Close()
 
-	hello, err := encodeHello()
+	h := hello{}
+	if c.cfg.Yields {
+		h = hello{ztun: true, started: c.started, leaving: c.begun(conn), part: c.part}
+	}
+	msg, err := encodeHello(h)
 	if err != nil {
 		return false, err
 	}
-	if err := send(conn, hello, nil, time.Now().Add(exchange)); err != nil {
+	if err := send(conn, msg, nil, time.Now().Add(exchange)); err != nil {
 		return false, fmt.Errorf("zds: announce: %w", err)
 	}
 	c.begin()
@@ -207,7 +239,7 @@ func (c *Client) serve(ctx context.Context, conn *net.UnixConn) (complete bool, 
 			closeAll(files)
 			return false, c.protocolError(conn, err)
 		}
-		if err := reply(conn, c.obey(req, filesOf(files))); err != nil {
+		if err := c.answer(conn, req, filesOf(files, req.predecessor)); err != nil {
 			return c.snapshot == nil, err
 		}
 		c.tellReady()
@@ -227,14 +259,40 @@ func (c *Client) next(conn *net.UnixConn, buf []byte) ([]byte, []*os.File, error
 	return receive(conn, buf)
 }
 
-func reply(conn *net.UnixConn, problem error) error {
-	text := ""
-	if problem != nil {
-		text = problem.Error()
+// answer obeys a request and says so.
+func (c *Client) answer(conn *net.UnixConn, req request, files Files) error {
+	problem := c.obey(req, files)
+	if problem != nil || !req.lend {
+		return reply(conn, problem, holding{}, Files{})
 	}
-	msg, err := encodeResponse(text)
+	h, lent, err := c.lend(req.workload.UID)
+	defer lent.Close()
+	return reply(conn, err, h, lent)
+}
+
+// lend says what we have of a pod, and returns it.
+func (c *Client) lend(uid string) (h holding, lent Files, err error) {
+	p := c.running[uid]
+	y, ok := p.proxy.(Yielder)
+	if !ok || p.workload.Device == nil || p.workload.Device.ID == "" {
+		return h, lent, nil
+	}
+	lent, h.yielded, err = y.Lend()
+	if lent.Device != nil {
+		h.reads, h.icmp = true, len(lent.ICMP)
+		h.deviceID, h.offload = p.workload.Device.ID, p.workload.Device.Offload
+	}
+	return h, lent, err
+}
+
+func reply(conn *net.UnixConn, problem error, h holding, lent Files) error {
+	r := response{holding: h}
+	if problem != nil {
+		r, lent = response{text: problem.Error()}, Files{}
+	}
+	msg, err := encodeResponse(r)
 	if err == nil {
-		err = send(conn, msg, nil, time.Now().Add(exchange))
+		err = send(conn, msg, lent.list(), time.Now().Add(exchange))
 	}
 	if err != nil {
 		return fmt.Errorf("zds: answer: %w", err)
@@ -248,7 +306,7 @@ func (c *Client) protocolError(conn *net.UnixConn, problem error) error {
 	c.mu.Lock()
 	c.stats.ProtocolErrors++
 	c.mu.Unlock()
-	_ = reply(conn, problem)
+	_ = reply(conn, problem, holding{}, Files{})
 	return problem
 }
 
@@ -293,12 +351,18 @@ func (c *Client) obey(r request, files Files) error {
 	uid := r.workload.UID
 	switch r.kind {
 	case kindAdd:
+		if r.part > 0 {
+			c.part = r.part
+			r.workload.Device.PortPart = r.part
+		}
 		if len(c.running)+len(c.pending) >= maxPods && !c.knows(uid) {
 			files.Close()
 			return fmt.Errorf("zds: more than %d pods", maxPods)
 		}
 		c.name(uid)
 		return c.add(r.workload, files)
+	case kindYield:
+		return c.yield(uid, files.Device)
 	case kindKeep:
 		c.name(uid)
 	case kindDel:
@@ -324,6 +388,59 @@ func (c *Client) knows(uid string) bool {
 	return running || pending
 }
 
+var errLeaving = errors.New("zds: the proxy is about to end")
+
+// Leave tells the agent that the process is about to end: it is given no more
+// pods, and yields those that it has as soon as another proxy can take them.
+// Run goes on. It may be called from anywhere.
+func (c *Client) Leave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.leaving = true
+	if c.conn != nil {
+		_ = c.conn.Close() // Only a hello says so.
+	}
+}
+
+// begun notes the connection and reports whether the process is about to end.
+func (c *Client) begun(conn *net.UnixConn) (leaving bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.leaving {
+		c.conn = nil
+	} else {
+		c.conn = conn
+	}
+	return c.leaving
+}
+
+func (c *Client) isLeaving() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.leaving
+}
+
+// yield lets another process read the pod's device. It owns packets.
+func (c *Client) yield(uid string, packets *os.File) error {
+	p, ok := c.running[uid]
+	if !ok {
+		c.forgetPending(uid) // Nobody has begun to read it.
+		_ = packets.Close()
+		return nil
+	}
+	y, ok := p.proxy.(Yielder)
+	if !ok {
+		_ = packets.Close()
+		return errors.New("zds: the pod's proxy cannot yield")
+	}
+	if err := y.Yield(packets); err != nil {
+		_ = packets.Close()
+		return err
+	}
+	c.cfg.Log.Info("pod's new connections are another proxy's", "pod", p.workload.Namespace+"/"+p.workload.Name, "uid", uid)
+	return nil
+}
+
 // name puts uid into the snapshot, while there is one.
 func (c *Client) name(uid string) {
 	if c.snapshot != nil {
@@ -339,7 +456,18 @@ func (c *Client) add(w Workload, files Files) error {
 			files.Close()
 			return nil
 		}
+		if c.isLeaving() {
+			files.Close()
+			return errLeaving
+		}
+		if y, ok := old.proxy.(Yielder); ok && files.Predecessor == nil && files.Device != nil {
+			// Else the predecessor would take the device for left.
+			files.Predecessor = y.Predecessor()
+		}
 		c.stop(w.UID) // Before the new one: a device has one reader.
+	} else if c.isLeaving() {
+		files.Close()
+		return errLeaving
 	}
 	if err := c.start(w, files); err != nil {
 		return fmt.Errorf("failure to start proxy: %w", err)
@@ -357,6 +485,12 @@ func (c *Client) start(w Workload, files Files) error {
 		keep = files // Not used up: Start was not called.
 	} else {
 		proxy, err = c.cfg.Starter.Start(w, files)
+	}
+	if err != nil && c.cfg.Yields {
+		// The agent sends it again, and may meanwhile let another read it: a
+		// predecessor does as soon as the socket is closed.
+		keep.Close()
+		keep = Files{}
 	}
 	if err != nil {
 		level := slog.LevelWarn
@@ -422,6 +556,9 @@ func (c *Client) retryPending() {
 	c.retryAt = time.Now().Add(c.retry)
 	for _, uid := range slices.Sorted(maps.Keys(c.pending)) {
 		p := c.pending[uid]
+		if p.files.Device == nil {
+			continue // The agent tries.
+		}
 		files, err := p.files.dup()
 		if err != nil {
 			continue // Out of descriptors: later.

@@ -118,7 +118,7 @@ func (ct *clientTest) accept() peer {
 	if err != nil || len(files) > 0 {
 		ct.Fatalf("hello: %v, %d files", err, len(files))
 	}
-	if err := decodeHello(msg); err != nil {
+	if _, err := decodeHello(msg); err != nil {
 		ct.Fatal(err)
 	}
 	return p
@@ -355,7 +355,7 @@ func TestClientOutOfDescriptors(t *testing.T) {
 // TestClientProtocolErrors: each is answered, then the connection ends and a
 // new one comes; pods go on, and no descriptor is left open.
 func TestClientProtocolErrors(t *testing.T) {
-	f, f2, f3, f4 := device(t), device(t), device(t), device(t)
+	f, f2, f3, f4, f5 := device(t), device(t), device(t), device(t), device(t)
 	raw := func(msg []byte, files ...*os.File) func(peer) { return func(p peer) { p.send(msg, files...) } }
 	add := func(r request) []byte {
 		msg, err := encodeRequest(r)
@@ -387,7 +387,7 @@ func TestClientProtocolErrors(t *testing.T) {
 		{"an announced socket is missing", raw(add(addWith("u", 2)), f, f2), "with 2 descriptors, not 3"},
 		{"a socket more than announced", raw(add(addWith("u", 1)), f, f2, f3), "with 3 descriptors, not 2"},
 		{"only the device is missing", raw(add(addWith("u", 2)), f2, f3), "with 2 descriptors, not 3"},
-		{"more descriptors than any message has", raw(add(addWith("u", 2)), f, f2, f3, f4), "more than 3"},
+		{"more descriptors than any message has", raw(add(addWith("u", 2)), f, f2, f3, f4, f5), "more than 4"},
 		{"del with a descriptor", raw(delMsg, f), "with 1 descriptors, not 0"},
 		{"snapshot sent with descriptors", raw(sentMsg, f, f2, f3), "with 3 descriptors, not 0"},
 		{"garbage", raw([]byte{0xff, 0xff}), "request"},

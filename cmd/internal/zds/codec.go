@@ -30,64 +30,132 @@ const (
 	kindKeep
 	kindDel
 	kindSnapshotSent
+	kindYield
 )
 
 func (k kind) String() string {
-	return [...]string{"nothing", "add", "keep", "del", "snapshot sent"}[k]
+	return [...]string{"nothing", "add", "keep", "del", "snapshot sent", "yield"}[k]
 }
 
-// request is one message of the agent. Only workload.UID is set in a keep and
-// a del, nothing in a snapshot sent.
+// request is one message of the agent. Only workload.UID is set in a keep, a
+// del and a yield, nothing in a snapshot sent.
 type request struct {
 	kind     kind
 	workload Workload
 	icmp     int // How many ICMP sockets follow the device of an add.
+	// predecessor says that the socket to one comes last in an add.
+	predecessor bool
+	part        int  // Of the ports, in an add; 0: none is said.
+	lend        bool // In a keep.
 }
 
 // files is how many descriptors come with r.
 func (r request) files() int {
-	if r.kind == kindAdd {
+	switch {
+	case r.kind == kindAdd && r.predecessor:
+		return 2 + r.icmp
+	case r.kind == kindAdd:
 		return 1 + r.icmp
+	case r.kind == kindYield:
+		return 1
 	}
 	return 0
 }
 
-func decodeHello(b []byte) error {
+// portParts is how many parts the ephemeral ports have.
+const portParts = 4
+
+// hello is what a proxy says of itself. All but ztun's are the zero value.
+type hello struct {
+	ztun    bool
+	started uint64 // Nanoseconds since boot.
+	leaving bool
+	part    int // Of the ports; 0: none was given.
+}
+
+func decodeHello(b []byte) (h hello, err error) {
 	var m zdsapi.ZdsHello
 	if err := proto.Unmarshal(b, &m); err != nil {
-		return fmt.Errorf("zds: hello: %w", err)
+		return h, fmt.Errorf("zds: hello: %w", err)
 	}
 	if m.GetVersion() != zdsapi.Version_V1 {
-		return fmt.Errorf("zds: hello: version %d is not %d", m.GetVersion(), zdsapi.Version_V1)
+		return h, fmt.Errorf("zds: hello: version %d is not %d", m.GetVersion(), zdsapi.Version_V1)
 	}
-	return nil
+	p := m.GetProxy()
+	if p == nil {
+		return h, nil
+	}
+	if p.GetPortPart() > portParts {
+		return h, fmt.Errorf("zds: hello: part %d of the ports, of %d", p.GetPortPart(), portParts)
+	}
+	return hello{ztun: true, started: p.GetStarted(), leaving: p.GetLeaving(), part: int(p.GetPortPart())}, nil
 }
 
-func encodeHello() ([]byte, error) {
-	return proto.Marshal(&zdsapi.ZdsHello{Version: zdsapi.Version_V1})
+func encodeHello(h hello) ([]byte, error) {
+	m := &zdsapi.ZdsHello{Version: zdsapi.Version_V1}
+	if h.ztun {
+		m.Proxy = &zdsapi.Proxy{Started: h.started, Leaving: h.leaving, PortPart: uint32(h.part)}
+	}
+	return proto.Marshal(m)
 }
 
-// decodeResponse returns the text of an Ack: "" says that all is well.
-func decodeResponse(b []byte) (text string, err error) {
+// holding is what a proxy has of a pod. If it reads the device, that comes with
+// so many ICMP sockets.
+type holding struct {
+	reads, yielded bool
+	deviceID       string
+	offload        bool
+	icmp           int
+}
+
+// files is how many descriptors come with h.
+func (h holding) files() int {
+	if h.reads {
+		return 1 + h.icmp
+	}
+	return 0
+}
+
+// response is an Ack. text: "" says that all is well.
+type response struct {
+	text    string
+	holding holding
+}
+
+func decodeResponse(b []byte) (r response, err error) {
 	var m zdsapi.WorkloadResponse
 	if err := proto.Unmarshal(b, &m); err != nil {
-		return "", fmt.Errorf("zds: response: %w", err)
+		return r, fmt.Errorf("zds: response: %w", err)
 	}
 	if m.GetAck() == nil {
-		return "", errors.New("zds: response: not an ack")
+		return r, errors.New("zds: response: not an ack")
 	}
-	return clip(m.GetAck().GetError()), nil
+	r.text = clip(m.GetAck().GetError())
+	h := m.GetAck().GetHolding()
+	switch {
+	case !h.GetReads():
+		r.holding.yielded = h.GetYielded()
+	case h.GetYielded() || h.GetIcmpSockets() > MaxICMP || checkName("device id", h.GetDeviceId()) != nil:
+		return r, fmt.Errorf("zds: response: a holding that cannot be: %v", h)
+	default:
+		r.holding = holding{reads: true, deviceID: h.GetDeviceId(), offload: h.GetOffload(), icmp: int(h.GetIcmpSockets())}
+	}
+	return r, nil
 }
 
-func encodeResponse(text string) ([]byte, error) {
-	return proto.Marshal(&zdsapi.WorkloadResponse{
-		Payload: &zdsapi.WorkloadResponse_Ack{Ack: &zdsapi.Ack{Error: clip(text)}},
-	})
+func encodeResponse(r response) ([]byte, error) {
+	ack := &zdsapi.Ack{Error: clip(r.text)}
+	if h := r.holding; h != (holding{}) {
+		ack.Holding = &zdsapi.Holding{
+			Reads: h.reads, Yielded: h.yielded, DeviceId: h.deviceID, Offload: h.offload, IcmpSockets: uint32(h.icmp),
+		}
+	}
+	return proto.Marshal(&zdsapi.WorkloadResponse{Payload: &zdsapi.WorkloadResponse_Ack{Ack: ack}})
 }
 
 // clip makes a text fit what a stock agent reads, and fit to be logged.
 func clip(text string) string {
-	const room = maxReply - 16 // What protobuf puts around the text.
+	const room = maxReply - 16 // What protobuf puts around the text. A refusal has no holding.
 	if len(text) > room {
 		text = text[:room]
 	}
@@ -111,18 +179,20 @@ func encodeRequest(r request) ([]byte, error) {
 		}
 		if w.Device != nil {
 			add.Device = w.Device.proto()
-			add.Device.IcmpSockets = uint32(r.icmp)
+			add.Device.IcmpSockets, add.Device.Predecessor, add.Device.PortPart = uint32(r.icmp), r.predecessor, uint32(r.part)
 		}
 		if got, err := fromAdd(add); err != nil {
 			return nil, err
-		} else if got.icmp != r.icmp {
-			return nil, fmt.Errorf("zds: add: %d ICMP sockets without a device", r.icmp)
+		} else if got.files() != r.files() {
+			return nil, fmt.Errorf("zds: add: %d descriptors without a device", r.files())
 		}
 		m.Payload = &zdsapi.WorkloadRequest_Add{Add: add}
 	case kindKeep:
-		m.Payload = &zdsapi.WorkloadRequest_Keep{Keep: &zdsapi.KeepWorkload{Uid: w.UID}}
+		m.Payload = &zdsapi.WorkloadRequest_Keep{Keep: &zdsapi.KeepWorkload{Uid: w.UID, Lend: r.lend}}
 	case kindDel:
 		m.Payload = &zdsapi.WorkloadRequest_Del{Del: &zdsapi.DelWorkload{Uid: w.UID}}
+	case kindYield:
+		m.Payload = &zdsapi.WorkloadRequest_Yield{Yield: &zdsapi.YieldWorkload{Uid: w.UID}}
 	case kindSnapshotSent:
 		m.Payload = &zdsapi.WorkloadRequest_SnapshotSent{SnapshotSent: &zdsapi.SnapshotSent{}}
 	default:
@@ -145,9 +215,13 @@ func decodeRequest(b []byte) (request, error) {
 	case *zdsapi.WorkloadRequest_Add:
 		return fromAdd(p.Add)
 	case *zdsapi.WorkloadRequest_Keep:
-		return uidOnly(kindKeep, p.Keep.GetUid())
+		r, err := uidOnly(kindKeep, p.Keep.GetUid())
+		r.lend = p.Keep.GetLend()
+		return r, err
 	case *zdsapi.WorkloadRequest_Del:
 		return uidOnly(kindDel, p.Del.GetUid())
+	case *zdsapi.WorkloadRequest_Yield:
+		return uidOnly(kindYield, p.Yield.GetUid())
 	case *zdsapi.WorkloadRequest_SnapshotSent:
 		return request{kind: kindSnapshotSent}, nil
 	}
@@ -173,6 +247,7 @@ func fromAdd(m *zdsapi.AddWorkload) (request, error) {
 	}
 	w.Device, err = fromDevice(m.Device)
 	r.icmp = int(min(m.Device.GetIcmpSockets(), MaxICMP))
+	r.predecessor, r.part = m.Device.GetPredecessor(), int(min(m.Device.GetPortPart(), portParts))
 	return r, err
 }
 
@@ -224,6 +299,8 @@ func fromDevice(m *zdsapi.Device) (*Device, error) {
 		return nil, fmt.Errorf("zds: device with %d older flows, more than %d", len(m.GetOlderFlows()), MaxOlderFlows)
 	case m.GetIcmpSockets() > MaxICMP:
 		return nil, fmt.Errorf("zds: device with %d ICMP sockets, more than %d", m.GetIcmpSockets(), MaxICMP)
+	case m.GetPortPart() > portParts:
+		return nil, fmt.Errorf("zds: device with part %d of the ports, of %d", m.GetPortPart(), portParts)
 	case len(m.GetProbePorts()) > maxPorts:
 		return nil, fmt.Errorf("zds: device with %d probe ports, more than %d", len(m.GetProbePorts()), maxPorts)
 	}

@@ -57,22 +57,27 @@ func TestWire(t *testing.T) {
 			t.Errorf("%s = %x, %v, want %s", tt.name, got, err, tt.want)
 		}
 	}
-	if b, err := encodeHello(); err != nil || hex.EncodeToString(b) != "0801" {
+	if b, err := encodeHello(hello{}); err != nil || hex.EncodeToString(b) != "0801" {
 		t.Errorf("hello = %x, %v", b, err)
 	}
-	if b, err := encodeResponse(""); err != nil || hex.EncodeToString(b) != "0a00" {
+	if b, err := encodeResponse(response{}); err != nil || hex.EncodeToString(b) != "0a00" {
 		t.Errorf("ack = %x, %v", b, err)
 	}
-	if b, err := encodeResponse("no"); err != nil || hex.EncodeToString(b) != "0a040a026e6f" {
+	if b, err := encodeResponse(response{text: "no"}); err != nil || hex.EncodeToString(b) != "0a040a026e6f" {
 		t.Errorf("nack = %x, %v", b, err)
 	}
 }
+
+var helloOfOurs = hello{ztun: true, started: 1 << 40, leaving: true, part: portParts}
 
 func TestRequestRoundTrip(t *testing.T) {
 	for _, r := range []request{
 		{kind: kindAdd, workload: workload("u")},
 		{kind: kindAdd, workload: fullWorkload("u")},
 		{kind: kindAdd, workload: fullWorkload("u"), icmp: MaxICMP},
+		{kind: kindAdd, workload: fullWorkload("u"), predecessor: true, part: portParts},
+		{kind: kindKeep, workload: Workload{UID: "u"}, lend: true},
+		{kind: kindYield, workload: Workload{UID: "u"}},
 		{kind: kindKeep, workload: Workload{UID: "u"}},
 		{kind: kindDel, workload: Workload{UID: "u"}},
 		{kind: kindSnapshotSent},
@@ -151,7 +156,7 @@ func TestDecodeRefuses(t *testing.T) {
 		if _, err := decodeRequest(b); err == nil {
 			t.Errorf("%x was decoded", b)
 		}
-		if err := decodeHello(b); err == nil {
+		if _, err := decodeHello(b); err == nil {
 			t.Errorf("%x was taken for a hello", b)
 		}
 	}
@@ -183,13 +188,13 @@ func TestLongestAddFits(t *testing.T) {
 
 func TestNackIsShort(t *testing.T) {
 	for _, text := range []string{strings.Repeat("x", 5000), strings.Repeat("ü", 5000), "a\xffb"} {
-		b, err := encodeResponse(text)
+		b, err := encodeResponse(response{text: text})
 		if err != nil || len(b) > maxReply {
 			t.Errorf("nack of %d bytes takes %d, %v", len(text), len(b), err)
 		}
 		got, err := decodeResponse(b)
-		if err != nil || !utf8.ValidString(got) || got == "" {
-			t.Errorf("nack came back as %q, %v", got, err)
+		if err != nil || !utf8.ValidString(got.text) || got.text == "" {
+			t.Errorf("nack came back as %q, %v", got.text, err)
 		}
 	}
 }
@@ -199,6 +204,9 @@ func FuzzRequest(f *testing.F) {
 		{kind: kindAdd, workload: workload("u")},
 		{kind: kindAdd, workload: fullWorkload("u")},
 		{kind: kindAdd, workload: fullWorkload("u"), icmp: MaxICMP},
+		{kind: kindAdd, workload: fullWorkload("u"), predecessor: true, part: portParts},
+		{kind: kindKeep, workload: Workload{UID: "u"}, lend: true},
+		{kind: kindYield, workload: Workload{UID: "u"}},
 		{kind: kindKeep, workload: Workload{UID: "u"}},
 		{kind: kindDel, workload: Workload{UID: "u"}},
 		{kind: kindSnapshotSent},
@@ -234,24 +242,35 @@ func FuzzRequest(f *testing.F) {
 
 // FuzzReply covers what a proxy sends: the hello and the answers.
 func FuzzReply(f *testing.F) {
-	hello, _ := encodeHello()
-	ack, _ := encodeResponse("")
-	nack, _ := encodeResponse("could not")
-	for _, b := range [][]byte{hello, ack, nack, nil, {0x08, 0x02}} {
+	hello, _ := encodeHello(hello{})
+	ack, _ := encodeResponse(response{})
+	nack, _ := encodeResponse(response{text: "could not"})
+	ours, _ := encodeHello(helloOfOurs)
+	reads, _ := encodeResponse(response{holding: holding{reads: true, deviceID: "one", offload: true, icmp: 2}})
+	yielded, _ := encodeResponse(response{holding: holding{yielded: true}})
+	for _, b := range [][]byte{hello, ack, nack, ours, reads, yielded, nil, {0x08, 0x02}} {
 		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		_ = decodeHello(b)
-		text, err := decodeResponse(b)
+		if h, err := decodeHello(b); err == nil {
+			again, err := encodeHello(h)
+			if err != nil {
+				t.Fatalf("%+v: %v", h, err)
+			}
+			if got, err := decodeHello(again); err != nil || got != h {
+				t.Fatalf("%+v came back as %+v, %v", h, got, err)
+			}
+		}
+		r, err := decodeResponse(b)
 		if err != nil {
 			return
 		}
-		again, err := encodeResponse(text)
+		again, err := encodeResponse(r)
 		if err != nil {
-			t.Fatalf("%q: %v", text, err)
+			t.Fatalf("%+v: %v", r, err)
 		}
-		if got, err := decodeResponse(again); err != nil || got != text {
-			t.Fatalf("%q came back as %q, %v", text, got, err)
+		if got, err := decodeResponse(again); err != nil || got != r {
+			t.Fatalf("%+v came back as %+v, %v", r, got, err)
 		}
 	})
 }

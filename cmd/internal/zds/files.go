@@ -18,6 +18,9 @@ type Files struct {
 	// ICMP are raw ICMP sockets of the pod's namespace, to read errors about
 	// the pod's connections from. Fewer, or none, where they cannot be had.
 	ICMP []*os.File
+	// Predecessor is a packet socket to the proxy that read the device before and
+	// still has flows; nil: there is none.
+	Predecessor *os.File
 }
 
 // Close closes all of them. Zero Files may be closed.
@@ -28,14 +31,22 @@ func (f Files) list() []*os.File {
 	if f.Device == nil {
 		return nil
 	}
-	return append([]*os.File{f.Device}, f.ICMP...)
+	list := append([]*os.File{f.Device}, f.ICMP...)
+	if f.Predecessor != nil {
+		list = append(list, f.Predecessor)
+	}
+	return list
 }
 
-func filesOf(list []*os.File) Files {
-	if len(list) == 0 {
-		return Files{}
+// filesOf is list undone; predecessor says that the last is one.
+func filesOf(list []*os.File, predecessor bool) (f Files) {
+	if n := len(list); predecessor && n > 1 {
+		list, f.Predecessor = list[:n-1], list[n-1]
 	}
-	return Files{Device: list[0], ICMP: list[1:]}
+	if len(list) > 0 {
+		f.Device, f.ICMP = list[0], list[1:]
+	}
+	return f
 }
 
 // check says what makes f impossible to send.
@@ -57,7 +68,7 @@ func (f Files) dup() (Files, error) {
 		}
 		out = append(out, d)
 	}
-	return filesOf(out), nil
+	return filesOf(out, f.Predecessor != nil), nil
 }
 
 func closeAll(files []*os.File) {

@@ -119,11 +119,11 @@ func (p peer) wantAck(why string) string {
 	if len(files) > 0 {
 		p.t.Fatalf("%s: an answer with %d files", why, len(files))
 	}
-	text, err := decodeResponse(msg)
+	r, err := decodeResponse(msg)
 	if err != nil {
 		p.t.Fatalf("%s: %v", why, err)
 	}
-	return text
+	return r.text
 }
 
 func (p peer) wantOK(why string) {

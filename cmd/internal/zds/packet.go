@@ -18,7 +18,7 @@ const (
 	// maxReply is what a stock agent reads of an answer.
 	maxReply = 1000
 	// maxFiles is how many descriptors come with one message.
-	maxFiles = 1 + MaxICMP
+	maxFiles = 1 + MaxICMP + 1
 )
 
 var (

@@ -20,6 +20,7 @@ type process struct {
 	// Guarded by the Server's mu.
 	conns int
 	gone  bool
+	hello hello // Of the latest connection that said one.
 }
 
 // peerProcess finds out who connected.

@@ -38,9 +38,10 @@ type ServerConfig struct {
 // A Server tells the node's proxies which pods there are.
 //
 // A device has one reader at a time. The Server gives it to the proxy that
-// connected last, and to another only once the first has ended (its process,
-// not its connection, which may come back) or has acknowledged a Del. A proxy
-// that connects meanwhile is told to Keep the pod, which it may not know.
+// started last, and to another only once the first has ended (its process,
+// not its connection, which may come back), has acknowledged a Del, or has
+// yielded it (handover.go). A proxy that connects meanwhile is told to Keep the
+// pod, which it may not know.
 //
 // It holds every descriptor itself for as long as the pod is set. So a device
 // stays open when a proxy dies, and the next proxy gets the same open device.
@@ -78,6 +79,8 @@ type serverPod struct {
 	reader *process // Who may be reading device; nil: nobody.
 	acked  uint64   // The serial that the reader took.
 	nack   string   // Why it did not take this serial.
+
+	handover
 }
 
 // NewServer makes a server. Serve starts it.
@@ -108,8 +111,14 @@ func (s *Server) Set(w Workload, files Files) error {
 		p = &serverPod{}
 		s.pods[w.UID] = p
 	}
-	p.files.Close()
 	s.serial++
+	if files.Device == nil && p.files.Device != nil {
+		w, files = w.onDevice(p.workload), p.files // It was lent to us meanwhile.
+	} else {
+		p.files.Close()
+		p.dropEnd()
+		p.older = nil
+	}
 	p.workload, p.files, p.serial, p.nack, p.stale = w, files, s.serial, "", false
 	s.markLocked(w.UID)
 	return nil
@@ -125,11 +134,7 @@ func (s *Server) Update(w Workload) (bool, error) {
 	if p == nil || p.files.Device == nil {
 		return false, nil
 	}
-	if w.Device != nil && p.workload.Device != nil {
-		d := *w.Device
-		d.ID, d.Offload = p.workload.Device.ID, p.workload.Device.Offload
-		w.Device = &d
-	}
+	w = w.onDevice(p.workload)
 	if err := w.Validate(); err != nil {
 		return false, err
 	}
@@ -150,6 +155,7 @@ func (s *Server) Delete(ctx context.Context, uid string) error {
 	s.mu.Lock()
 	if p := s.pods[uid]; p != nil {
 		p.files.Close()
+		p.dropEnd()
 		delete(s.pods, uid)
 		s.markLocked(uid)
 	}
@@ -260,6 +266,7 @@ func (s *Server) shutDown() {
 	s.closed = true
 	for uid, p := range s.pods {
 		p.files.Close()
+		p.dropEnd()
 		delete(s.pods, uid)
 	}
 	for _, p := range s.procs {
@@ -330,11 +337,13 @@ func (s *Server) endLocked(p *process) {
 		}
 	}
 	for uid, pod := range s.pods {
+		pod.older = slices.DeleteFunc(pod.older, func(o *process) bool { return o == p })
 		if pod.reader == p {
-			pod.reader, pod.acked, pod.nack = nil, 0, ""
-			pod.stale = pod.workload.Device != nil && len(pod.workload.Device.OlderFlows) > 0
+			s.freeLocked(pod)
+			pod.dropEnd()
 			s.markLocked(uid)
 		}
+		s.settleLocked(uid, pod)
 	}
 	s.changedLocked()
 }
@@ -349,7 +358,8 @@ func (s *Server) remove(c *serverConn) {
 		// Nothing will tell us of the process' end. Its connection must do.
 		s.endLocked(c.proc)
 	}
-	for uid := range s.pods {
+	for uid, p := range s.pods {
+		s.settleLocked(uid, p)
 		s.markLocked(uid) // An older connection may be the latest now.
 	}
 	s.changedLocked()
@@ -379,11 +389,21 @@ func (s *Server) Changed() <-chan struct{} {
 // targetLocked is the connection that is to be told of p: one of its reader,
 // who alone may have it, else the latest.
 func (s *Server) targetLocked(p *serverPod) *serverConn {
-	for i := len(s.conns) - 1; i >= 0; i-- {
-		c := s.conns[i]
-		if !c.proc.gone && (p.reader == nil || c.proc == p.reader) {
-			return c
+	return s.latestLocked(func(c *serverConn) bool {
+		if p.reader != nil {
+			return c.proc == p.reader
+		}
+		return !c.proc.hello.leaving && (len(p.older) == 0 || p.canSucceed(c.proc))
+	})
+}
+
+// latestLocked is the connection of the process that started last, and its
+// latest. Those that do not say when they started count as they came.
+func (s *Server) latestLocked(ok func(*serverConn) bool) (latest *serverConn) {
+	for _, c := range s.conns {
+		if !c.proc.gone && ok(c) && (latest == nil || c.proc.hello.started >= latest.proc.hello.started) {
+			latest = c
 		}
 	}
-	return nil
+	return latest
 }

@@ -91,7 +91,7 @@ func (st *serverTest) connect(proc *exec.Cmd) peer {
 
 func (st *serverTest) greet(proc *exec.Cmd) peer {
 	p := st.connect(proc)
-	hello, err := encodeHello()
+	hello, err := encodeHello(hello{})
 	if err != nil {
 		st.Fatal(err)
 	}
@@ -126,7 +126,7 @@ func (p peer) want(k kind, uid, text string) (inodeOf uint64) {
 
 func (p peer) answer(text string) {
 	p.t.Helper()
-	msg, err := encodeResponse(text)
+	msg, err := encodeResponse(response{text: text})
 	if err != nil {
 		p.t.Fatal(err)
 	}
@@ -349,7 +349,7 @@ func TestServerSendsICMPSockets(t *testing.T) {
 			want = append(want, inode(t, d))
 			list = append(list, d)
 		}
-		return filesOf(list)
+		return filesOf(list, false)
 	}
 	set := func(w Workload, n int) {
 		t.Helper()
@@ -429,8 +429,8 @@ func TestServerRetriesWhatItCouldNotSend(t *testing.T) {
 }
 
 func TestServerDropsBadProxies(t *testing.T) {
-	hello, _ := encodeHello()
-	ack, _ := encodeResponse("")
+	hello, _ := encodeHello(hello{})
+	ack, _ := encodeResponse(response{})
 	for _, tt := range []struct {
 		name string
 		do   func(*testing.T, peer)
@@ -503,13 +503,18 @@ func TestClientAndServer(t *testing.T) {
 		}
 	}()
 
-	serve := func() (*Server, func()) {
+	serve := func(set ...Workload) (*Server, func()) {
 		_ = os.Remove(path)
 		l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
 		if err != nil {
 			t.Fatal(err)
 		}
 		s := NewServer(ServerConfig{})
+		for _, w := range set { // Before the snapshot, which alone says Keep.
+			if err := s.Set(w, Files{}); err != nil {
+				t.Fatal(err)
+			}
+		}
 		ctx, cancel := context.WithCancel(context.Background())
 		done := make(chan struct{})
 		go func() { defer close(done); _ = s.Serve(ctx, l) }()
@@ -534,10 +539,7 @@ func TestClientAndServer(t *testing.T) {
 	}
 
 	// The agent's next life: it cannot open the device, so it says Keep.
-	s, stop = serve()
-	if err := s.Set(fullWorkload("u"), Files{}); err != nil {
-		t.Fatal(err)
-	}
+	s, stop = serve(fullWorkload("u"))
 	eventually(t, "kept", func() bool { return s.State("u").Served })
 	if starts, stops := starter.counts(); starts != 1 || stops != 0 {
 		t.Errorf("%d starts and %d stops, want 1 and 0", starts, stops)
@@ -545,9 +547,8 @@ func TestClientAndServer(t *testing.T) {
 	if err := s.Delete(context.Background(), "u"); err != nil {
 		t.Fatal(err)
 	}
-	if _, stops := starter.counts(); stops != 1 {
-		t.Errorf("%d stops after Delete, want 1", stops)
-	}
+	// A Del within the snapshot is obeyed at its end.
+	eventually(t, "stopped after Delete", func() bool { _, stops := starter.counts(); return stops == 1 })
 	if _, err := dev.Seek(0, io.SeekStart); err != nil {
 		t.Errorf("the caller's own descriptor: %v", err)
 	}

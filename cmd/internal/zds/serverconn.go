@@ -19,6 +19,7 @@ type serverConn struct {
 	wake   chan struct{} // One slot: something is dirty.
 
 	// Guarded by the Server's mu.
+	ready  bool                // Has had its snapshot.
 	dirty  map[string]struct{} // UIDs to look at.
 	told   map[string]uint64   // UIDs that the proxy knows of, with the serial; 0: keep.
 	awaits map[string]struct{} // UIDs that the Standin has to let go of first.
@@ -89,13 +90,18 @@ func (c *serverConn) hello() error {
 		closeAll(files)
 		return errors.New("zds: hello with a descriptor")
 	}
-	return decodeHello(msg)
+	h, err := decodeHello(msg)
+	if err == nil {
+		c.server.greet(c.proc, h)
+	}
+	return err
 }
 
 // answer is what one read came to.
 type answer struct {
-	text string
-	err  error
+	response
+	files []*os.File // Of whoever takes the answer.
+	err   error
 }
 
 // read hands over what the proxy sends, one answer at a time. An error is the
@@ -108,15 +114,21 @@ func (c *serverConn) read(answers chan<- answer, done <-chan struct{}) {
 		switch {
 		case err != nil:
 			a.err = err
-		case len(files) > 0:
-			closeAll(files)
-			a.err = errors.New("zds: answer with a descriptor")
 		default:
-			a.text, a.err = decodeResponse(msg)
+			a.files = files
+			a.response, a.err = decodeResponse(msg)
+			if n := a.holding.files(); a.err == nil && n != len(files) {
+				a.err = fmt.Errorf("zds: answer with %d descriptors, not %d", len(files), n)
+			}
+		}
+		if a.err != nil {
+			closeAll(a.files)
+			a.files = nil
 		}
 		select {
 		case answers <- a:
 		case <-done:
+			closeAll(a.files)
 			return
 		}
 		if a.err != nil {
@@ -143,6 +155,7 @@ func (c *serverConn) talk(answers <-chan answer) error {
 				return err
 			}
 			snapshot = false
+			c.server.served(c)
 			continue
 		}
 		select {
@@ -150,6 +163,7 @@ func (c *serverConn) talk(answers <-chan answer) error {
 		case <-retry.C:
 			c.askAgain()
 		case a := <-answers:
+			closeAll(a.files)
 			if a.err == nil {
 				a.err = errors.New("zds: a message that nothing was asked for")
 			}
@@ -165,6 +179,10 @@ func (c *serverConn) askAgain() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for uid, p := range s.pods {
+		if p.noYield {
+			p.noYield = false
+			s.markLocked(uid)
+		}
 		if p.nack == "" || s.targetLocked(p) != c {
 			continue
 		}
@@ -206,6 +224,10 @@ func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 		return job{req: request{kind: kindDel, workload: Workload{UID: uid}}}, true
 	case p == nil:
 		return job{}, false
+	case told && c.ready && p.reader == c.proc && c.server.heirLocked(p) != nil:
+		return p.yieldJob(uid)
+	case c.proc.hello.leaving:
+		// What it has it keeps as it is.
 	case p.files.Device != nil && !p.stale && c.server.targetLocked(p) == c:
 		if told && serial == p.serial {
 			return job{}, false
@@ -214,9 +236,14 @@ func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 			c.awaits[uid] = struct{}{} // It is marked again once the Standin has stopped.
 			return job{}, false
 		}
-		files, err := p.files.dup()
+		files, err := p.filesToSend()
 		if err != nil {
 			p.nack = err.Error()
+			if p.end != nil && p.reader == nil {
+				p.dropEnd()
+				p.noYield = true
+				c.server.settleLocked(uid, p)
+			}
 			return job{}, false
 		}
 		// From here on the proxy may have it, whatever becomes of the message.
@@ -224,12 +251,14 @@ func (c *serverConn) jobLocked(uid string, snapshot bool) (job, bool) {
 		c.told[uid] = p.serial
 		req := request{kind: kindAdd, workload: p.workload}
 		if req.workload.Device != nil { // Else a stock message, which means one descriptor.
-			req.icmp = len(files.ICMP)
+			req.icmp, req.predecessor, req.part = len(files.ICMP), files.Predecessor != nil, c.proc.hello.part
 		}
 		return job{req: req, files: files, pod: p, serial: p.serial}, true
-	case snapshot && !told:
+	}
+	if snapshot && !told {
 		c.told[uid] = 0
-		return job{req: request{kind: kindKeep, workload: Workload{UID: uid}}, pod: p}, true
+		lend := p.files.Device == nil && c.proc.hello.ztun
+		return job{req: request{kind: kindKeep, workload: Workload{UID: uid}, lend: lend}, pod: p}, true
 	}
 	return job{}, false
 }
@@ -245,6 +274,7 @@ func (c *serverConn) do(j job, answers <-chan answer) error {
 		return send(c.conn, msg, j.files.list()[:j.req.files()], time.Now().Add(exchange))
 	}()
 	if err != nil {
+		c.unanswered(j)
 		return fmt.Errorf("zds: send %v: %w", j.req.kind, err)
 	}
 	timeout := time.NewTimer(exchange)
@@ -256,15 +286,20 @@ func (c *serverConn) do(j job, answers <-chan answer) error {
 		// A late answer would be taken for that to the next message.
 		a.err = os.ErrDeadlineExceeded
 	}
+	if a.err == nil && len(a.files) > 0 && !j.req.lend {
+		closeAll(a.files)
+		a.err = errors.New("zds: answer with a descriptor")
+	}
 	if a.err != nil {
+		c.unanswered(j)
 		return fmt.Errorf("zds: answer to %v: %w", j.req.kind, a.err)
 	}
-	c.answered(j, a.text)
+	c.answered(j, a)
 	return nil
 }
 
-func (c *serverConn) answered(j job, text string) {
-	uid := j.req.workload.UID
+func (c *serverConn) answered(j job, a answer) {
+	uid, text := j.req.workload.UID, a.text
 	s := c.server
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -287,6 +322,11 @@ func (c *serverConn) answered(j job, text string) {
 				j.pod.acked = j.serial
 			}
 		}
+		c.takenLocked(j, text)
+	case kindYield:
+		c.yieldedLocked(j, text)
+	case kindKeep:
+		c.lentLocked(j, a)
 	case kindDel:
 		delete(c.told, uid)
 		c.markLocked(uid) // It may have been set again meanwhile.

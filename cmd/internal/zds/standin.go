@@ -24,7 +24,7 @@ func (s *Server) standsLocked(uid string) bool {
 
 // orphanLocked reports whether p has a device that nobody reads or is about to.
 func (s *Server) orphanLocked(p *serverPod) bool {
-	return p != nil && p.files.Device != nil && p.reader == nil && s.targetLocked(p) == nil
+	return p != nil && p.files.Device != nil && p.reader == nil && len(p.older) == 0 && s.targetLocked(p) == nil
 }
 
 // standLocked makes stand look again.

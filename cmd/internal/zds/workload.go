@@ -25,6 +25,16 @@ type Workload struct {
 	Device *Device
 }
 
+// onDevice is w on the open device that old is about.
+func (w Workload) onDevice(old Workload) Workload {
+	if w.Device != nil && old.Device != nil {
+		d := *w.Device
+		d.ID, d.Offload = old.Device.ID, old.Device.Offload
+		w.Device = &d
+	}
+	return w
+}
+
 // Equal reports whether two descriptions say the same, in the same order.
 func (w Workload) Equal(o Workload) bool {
 	if w.UID != o.UID || w.Name != o.Name || w.Namespace != o.Namespace || w.ServiceAccount != o.ServiceAccount {
@@ -57,6 +67,10 @@ type Device struct {
 	// NodeAddresses are the node's own; ProbePorts what the kubelet probes.
 	NodeAddresses []netip.Addr
 	ProbePorts    []uint16
+	// PortPart is the part of the ephemeral ports that the proxy dials from, 1 to
+	// 4, so that two that have flows of the pod never dial from the same; 0: any.
+	// The Server sets it.
+	PortPart int
 }
 
 // Equal reports whether both describe the same open device in the same way.

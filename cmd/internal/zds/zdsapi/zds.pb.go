@@ -75,6 +75,7 @@ func (Version) EnumDescriptor() ([]byte, []int) {
 type ZdsHello struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Version       Version                `protobuf:"varint,1,opt,name=version,proto3,enum=istio.workload.zds.Version" json:"version,omitempty"`
+	Proxy         *Proxy                 `protobuf:"bytes,100,opt,name=proxy,proto3" json:"proxy,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -116,6 +117,78 @@ func (x *ZdsHello) GetVersion() Version {
 	return Version_NOT_USED
 }
 
+func (x *ZdsHello) GetProxy() *Proxy {
+	if x != nil {
+		return x.Proxy
+	}
+	return nil
+}
+
+// Proxy says that the peer is a proxy of ztun: it knows Yield, lends, and takes
+// a predecessor's socket.
+type Proxy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// When the process started, in nanoseconds since boot.
+	Started uint64 `protobuf:"varint,1,opt,name=started,proto3" json:"started,omitempty"`
+	// It is about to end and takes no more pods.
+	Leaving bool `protobuf:"varint,2,opt,name=leaving,proto3" json:"leaving,omitempty"`
+	// The port_part that it was given, 0 before.
+	PortPart      uint32 `protobuf:"varint,3,opt,name=port_part,json=portPart,proto3" json:"port_part,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Proxy) Reset() {
+	*x = Proxy{}
+	mi := &file_zdsapi_zds_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Proxy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Proxy) ProtoMessage() {}
+
+func (x *Proxy) ProtoReflect() protoreflect.Message {
+	mi := &file_zdsapi_zds_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Proxy.ProtoReflect.Descriptor instead.
+func (*Proxy) Descriptor() ([]byte, []int) {
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Proxy) GetStarted() uint64 {
+	if x != nil {
+		return x.Started
+	}
+	return 0
+}
+
+func (x *Proxy) GetLeaving() bool {
+	if x != nil {
+		return x.Leaving
+	}
+	return false
+}
+
+func (x *Proxy) GetPortPart() uint32 {
+	if x != nil {
+		return x.PortPart
+	}
+	return 0
+}
+
 type WorkloadInfo struct {
 	state          protoimpl.MessageState `protogen:"open.v1"`
 	Name           string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -127,7 +200,7 @@ type WorkloadInfo struct {
 
 func (x *WorkloadInfo) Reset() {
 	*x = WorkloadInfo{}
-	mi := &file_zdsapi_zds_proto_msgTypes[1]
+	mi := &file_zdsapi_zds_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -139,7 +212,7 @@ func (x *WorkloadInfo) String() string {
 func (*WorkloadInfo) ProtoMessage() {}
 
 func (x *WorkloadInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[1]
+	mi := &file_zdsapi_zds_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -152,7 +225,7 @@ func (x *WorkloadInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadInfo.ProtoReflect.Descriptor instead.
 func (*WorkloadInfo) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{1}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *WorkloadInfo) GetName() string {
@@ -189,7 +262,7 @@ type AddWorkload struct {
 
 func (x *AddWorkload) Reset() {
 	*x = AddWorkload{}
-	mi := &file_zdsapi_zds_proto_msgTypes[2]
+	mi := &file_zdsapi_zds_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -201,7 +274,7 @@ func (x *AddWorkload) String() string {
 func (*AddWorkload) ProtoMessage() {}
 
 func (x *AddWorkload) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[2]
+	mi := &file_zdsapi_zds_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -214,7 +287,7 @@ func (x *AddWorkload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AddWorkload.ProtoReflect.Descriptor instead.
 func (*AddWorkload) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{2}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *AddWorkload) GetUid() string {
@@ -260,14 +333,19 @@ type Device struct {
 	Id string `protobuf:"bytes,100,opt,name=id,proto3" json:"id,omitempty"`
 	// How many raw ICMP sockets of the pod's namespace follow the device in the
 	// same control message, 0 to 2.
-	IcmpSockets   uint32 `protobuf:"varint,101,opt,name=icmp_sockets,json=icmpSockets,proto3" json:"icmp_sockets,omitempty"`
+	IcmpSockets uint32 `protobuf:"varint,101,opt,name=icmp_sockets,json=icmpSockets,proto3" json:"icmp_sockets,omitempty"`
+	// Last in the control message comes a packet socket to the proxy that read the
+	// device before and still has flows.
+	Predecessor bool `protobuf:"varint,102,opt,name=predecessor,proto3" json:"predecessor,omitempty"`
+	// The part of the ephemeral ports that the proxy dials from, 1 to 4.
+	PortPart      uint32 `protobuf:"varint,103,opt,name=port_part,json=portPart,proto3" json:"port_part,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Device) Reset() {
 	*x = Device{}
-	mi := &file_zdsapi_zds_proto_msgTypes[3]
+	mi := &file_zdsapi_zds_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -279,7 +357,7 @@ func (x *Device) String() string {
 func (*Device) ProtoMessage() {}
 
 func (x *Device) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[3]
+	mi := &file_zdsapi_zds_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -292,7 +370,7 @@ func (x *Device) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Device.ProtoReflect.Descriptor instead.
 func (*Device) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{3}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Device) GetAddresses() [][]byte {
@@ -372,6 +450,20 @@ func (x *Device) GetIcmpSockets() uint32 {
 	return 0
 }
 
+func (x *Device) GetPredecessor() bool {
+	if x != nil {
+		return x.Predecessor
+	}
+	return false
+}
+
+func (x *Device) GetPortPart() uint32 {
+	if x != nil {
+		return x.PortPart
+	}
+	return 0
+}
+
 // Flow is a TCP connection as the pod sees it.
 type Flow struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -385,7 +477,7 @@ type Flow struct {
 
 func (x *Flow) Reset() {
 	*x = Flow{}
-	mi := &file_zdsapi_zds_proto_msgTypes[4]
+	mi := &file_zdsapi_zds_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -397,7 +489,7 @@ func (x *Flow) String() string {
 func (*Flow) ProtoMessage() {}
 
 func (x *Flow) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[4]
+	mi := &file_zdsapi_zds_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -410,7 +502,7 @@ func (x *Flow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Flow.ProtoReflect.Descriptor instead.
 func (*Flow) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{4}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Flow) GetLocalAddress() []byte {
@@ -442,15 +534,17 @@ func (x *Flow) GetRemotePort() uint32 {
 }
 
 type KeepWorkload struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Uid   string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	// The agent lacks the device: the answer is to say who holds it, and to have it.
+	Lend          bool `protobuf:"varint,100,opt,name=lend,proto3" json:"lend,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *KeepWorkload) Reset() {
 	*x = KeepWorkload{}
-	mi := &file_zdsapi_zds_proto_msgTypes[5]
+	mi := &file_zdsapi_zds_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -462,7 +556,7 @@ func (x *KeepWorkload) String() string {
 func (*KeepWorkload) ProtoMessage() {}
 
 func (x *KeepWorkload) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[5]
+	mi := &file_zdsapi_zds_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -475,10 +569,64 @@ func (x *KeepWorkload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeepWorkload.ProtoReflect.Descriptor instead.
 func (*KeepWorkload) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{5}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *KeepWorkload) GetUid() string {
+	if x != nil {
+		return x.Uid
+	}
+	return ""
+}
+
+func (x *KeepWorkload) GetLend() bool {
+	if x != nil {
+		return x.Lend
+	}
+	return false
+}
+
+// YieldWorkload carries one descriptor, a packet socket. The proxy leaves the
+// device for good before it answers, and reads from there until it is closed;
+// then it reads the device again.
+type YieldWorkload struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Uid           string                 `protobuf:"bytes,1,opt,name=uid,proto3" json:"uid,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *YieldWorkload) Reset() {
+	*x = YieldWorkload{}
+	mi := &file_zdsapi_zds_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *YieldWorkload) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*YieldWorkload) ProtoMessage() {}
+
+func (x *YieldWorkload) ProtoReflect() protoreflect.Message {
+	mi := &file_zdsapi_zds_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use YieldWorkload.ProtoReflect.Descriptor instead.
+func (*YieldWorkload) Descriptor() ([]byte, []int) {
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *YieldWorkload) GetUid() string {
 	if x != nil {
 		return x.Uid
 	}
@@ -494,7 +642,7 @@ type DelWorkload struct {
 
 func (x *DelWorkload) Reset() {
 	*x = DelWorkload{}
-	mi := &file_zdsapi_zds_proto_msgTypes[6]
+	mi := &file_zdsapi_zds_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -506,7 +654,7 @@ func (x *DelWorkload) String() string {
 func (*DelWorkload) ProtoMessage() {}
 
 func (x *DelWorkload) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[6]
+	mi := &file_zdsapi_zds_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -519,7 +667,7 @@ func (x *DelWorkload) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DelWorkload.ProtoReflect.Descriptor instead.
 func (*DelWorkload) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{6}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *DelWorkload) GetUid() string {
@@ -537,7 +685,7 @@ type SnapshotSent struct {
 
 func (x *SnapshotSent) Reset() {
 	*x = SnapshotSent{}
-	mi := &file_zdsapi_zds_proto_msgTypes[7]
+	mi := &file_zdsapi_zds_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -549,7 +697,7 @@ func (x *SnapshotSent) String() string {
 func (*SnapshotSent) ProtoMessage() {}
 
 func (x *SnapshotSent) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[7]
+	mi := &file_zdsapi_zds_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -562,7 +710,7 @@ func (x *SnapshotSent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotSent.ProtoReflect.Descriptor instead.
 func (*SnapshotSent) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{7}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{9}
 }
 
 type WorkloadRequest struct {
@@ -573,6 +721,7 @@ type WorkloadRequest struct {
 	//	*WorkloadRequest_Del
 	//	*WorkloadRequest_SnapshotSent
 	//	*WorkloadRequest_Keep
+	//	*WorkloadRequest_Yield
 	Payload       isWorkloadRequest_Payload `protobuf_oneof:"payload"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -580,7 +729,7 @@ type WorkloadRequest struct {
 
 func (x *WorkloadRequest) Reset() {
 	*x = WorkloadRequest{}
-	mi := &file_zdsapi_zds_proto_msgTypes[8]
+	mi := &file_zdsapi_zds_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -592,7 +741,7 @@ func (x *WorkloadRequest) String() string {
 func (*WorkloadRequest) ProtoMessage() {}
 
 func (x *WorkloadRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[8]
+	mi := &file_zdsapi_zds_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -605,7 +754,7 @@ func (x *WorkloadRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadRequest.ProtoReflect.Descriptor instead.
 func (*WorkloadRequest) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{8}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WorkloadRequest) GetPayload() isWorkloadRequest_Payload {
@@ -651,6 +800,15 @@ func (x *WorkloadRequest) GetKeep() *KeepWorkload {
 	return nil
 }
 
+func (x *WorkloadRequest) GetYield() *YieldWorkload {
+	if x != nil {
+		if x, ok := x.Payload.(*WorkloadRequest_Yield); ok {
+			return x.Yield
+		}
+	}
+	return nil
+}
+
 type isWorkloadRequest_Payload interface {
 	isWorkloadRequest_Payload()
 }
@@ -671,6 +829,10 @@ type WorkloadRequest_Keep struct {
 	Keep *KeepWorkload `protobuf:"bytes,5,opt,name=keep,proto3,oneof"`
 }
 
+type WorkloadRequest_Yield struct {
+	Yield *YieldWorkload `protobuf:"bytes,100,opt,name=yield,proto3,oneof"`
+}
+
 func (*WorkloadRequest_Add) isWorkloadRequest_Payload() {}
 
 func (*WorkloadRequest_Del) isWorkloadRequest_Payload() {}
@@ -679,17 +841,21 @@ func (*WorkloadRequest_SnapshotSent) isWorkloadRequest_Payload() {}
 
 func (*WorkloadRequest_Keep) isWorkloadRequest_Payload() {}
 
+func (*WorkloadRequest_Yield) isWorkloadRequest_Payload() {}
+
 type Ack struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty: done.
-	Error         string `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	Error string `protobuf:"bytes,1,opt,name=error,proto3" json:"error,omitempty"`
+	// Of the answer to a Keep that asks for it.
+	Holding       *Holding `protobuf:"bytes,100,opt,name=holding,proto3" json:"holding,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Ack) Reset() {
 	*x = Ack{}
-	mi := &file_zdsapi_zds_proto_msgTypes[9]
+	mi := &file_zdsapi_zds_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -701,7 +867,7 @@ func (x *Ack) String() string {
 func (*Ack) ProtoMessage() {}
 
 func (x *Ack) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[9]
+	mi := &file_zdsapi_zds_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -714,7 +880,7 @@ func (x *Ack) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ack.ProtoReflect.Descriptor instead.
 func (*Ack) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{9}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Ack) GetError() string {
@@ -722,6 +888,92 @@ func (x *Ack) GetError() string {
 		return x.Error
 	}
 	return ""
+}
+
+func (x *Ack) GetHolding() *Holding {
+	if x != nil {
+		return x.Holding
+	}
+	return nil
+}
+
+// Holding says what a proxy has of a pod. If it reads the device, the device and
+// the ICMP sockets come with it.
+type Holding struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Reads bool                   `protobuf:"varint,1,opt,name=reads,proto3" json:"reads,omitempty"`
+	// It has yielded the device, and reads it again when its successor ends.
+	Yielded       bool   `protobuf:"varint,2,opt,name=yielded,proto3" json:"yielded,omitempty"`
+	DeviceId      string `protobuf:"bytes,3,opt,name=device_id,json=deviceId,proto3" json:"device_id,omitempty"`
+	Offload       bool   `protobuf:"varint,4,opt,name=offload,proto3" json:"offload,omitempty"`
+	IcmpSockets   uint32 `protobuf:"varint,5,opt,name=icmp_sockets,json=icmpSockets,proto3" json:"icmp_sockets,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Holding) Reset() {
+	*x = Holding{}
+	mi := &file_zdsapi_zds_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Holding) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Holding) ProtoMessage() {}
+
+func (x *Holding) ProtoReflect() protoreflect.Message {
+	mi := &file_zdsapi_zds_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Holding.ProtoReflect.Descriptor instead.
+func (*Holding) Descriptor() ([]byte, []int) {
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Holding) GetReads() bool {
+	if x != nil {
+		return x.Reads
+	}
+	return false
+}
+
+func (x *Holding) GetYielded() bool {
+	if x != nil {
+		return x.Yielded
+	}
+	return false
+}
+
+func (x *Holding) GetDeviceId() string {
+	if x != nil {
+		return x.DeviceId
+	}
+	return ""
+}
+
+func (x *Holding) GetOffload() bool {
+	if x != nil {
+		return x.Offload
+	}
+	return false
+}
+
+func (x *Holding) GetIcmpSockets() uint32 {
+	if x != nil {
+		return x.IcmpSockets
+	}
+	return 0
 }
 
 type WorkloadResponse struct {
@@ -736,7 +988,7 @@ type WorkloadResponse struct {
 
 func (x *WorkloadResponse) Reset() {
 	*x = WorkloadResponse{}
-	mi := &file_zdsapi_zds_proto_msgTypes[10]
+	mi := &file_zdsapi_zds_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -748,7 +1000,7 @@ func (x *WorkloadResponse) String() string {
 func (*WorkloadResponse) ProtoMessage() {}
 
 func (x *WorkloadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_zdsapi_zds_proto_msgTypes[10]
+	mi := &file_zdsapi_zds_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -761,7 +1013,7 @@ func (x *WorkloadResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkloadResponse.ProtoReflect.Descriptor instead.
 func (*WorkloadResponse) Descriptor() ([]byte, []int) {
-	return file_zdsapi_zds_proto_rawDescGZIP(), []int{10}
+	return file_zdsapi_zds_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WorkloadResponse) GetPayload() isWorkloadResponse_Payload {
@@ -794,9 +1046,14 @@ var File_zdsapi_zds_proto protoreflect.FileDescriptor
 
 const file_zdsapi_zds_proto_rawDesc = "" +
 	"\n" +
-	"\x10zdsapi/zds.proto\x12\x12istio.workload.zds\"A\n" +
+	"\x10zdsapi/zds.proto\x12\x12istio.workload.zds\"r\n" +
 	"\bZdsHello\x125\n" +
-	"\aversion\x18\x01 \x01(\x0e2\x1b.istio.workload.zds.VersionR\aversion\"}\n" +
+	"\aversion\x18\x01 \x01(\x0e2\x1b.istio.workload.zds.VersionR\aversion\x12/\n" +
+	"\x05proxy\x18d \x01(\v2\x19.istio.workload.zds.ProxyR\x05proxy\"X\n" +
+	"\x05Proxy\x12\x18\n" +
+	"\astarted\x18\x01 \x01(\x04R\astarted\x12\x18\n" +
+	"\aleaving\x18\x02 \x01(\bR\aleaving\x12\x1b\n" +
+	"\tport_part\x18\x03 \x01(\rR\bportPart\"}\n" +
 	"\fWorkloadInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12'\n" +
@@ -804,7 +1061,7 @@ const file_zdsapi_zds_proto_rawDesc = "" +
 	"\vAddWorkload\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12E\n" +
 	"\rworkload_info\x18\x02 \x01(\v2 .istio.workload.zds.WorkloadInfoR\fworkloadInfo\x122\n" +
-	"\x06device\x18d \x01(\v2\x1a.istio.workload.zds.DeviceR\x06device\"\xff\x02\n" +
+	"\x06device\x18d \x01(\v2\x1a.istio.workload.zds.DeviceR\x06device\"\xbe\x03\n" +
 	"\x06Device\x12\x1c\n" +
 	"\taddresses\x18\x01 \x03(\fR\taddresses\x12\x10\n" +
 	"\x03mtu\x18\x02 \x01(\rR\x03mtu\x12%\n" +
@@ -819,27 +1076,40 @@ const file_zdsapi_zds_proto_rawDesc = "" +
 	"\vprobe_ports\x18\t \x03(\rR\n" +
 	"probePorts\x12\x0e\n" +
 	"\x02id\x18d \x01(\tR\x02id\x12!\n" +
-	"\ficmp_sockets\x18e \x01(\rR\vicmpSockets\"\x92\x01\n" +
+	"\ficmp_sockets\x18e \x01(\rR\vicmpSockets\x12 \n" +
+	"\vpredecessor\x18f \x01(\bR\vpredecessor\x12\x1b\n" +
+	"\tport_part\x18g \x01(\rR\bportPart\"\x92\x01\n" +
 	"\x04Flow\x12#\n" +
 	"\rlocal_address\x18\x01 \x01(\fR\flocalAddress\x12\x1d\n" +
 	"\n" +
 	"local_port\x18\x02 \x01(\rR\tlocalPort\x12%\n" +
 	"\x0eremote_address\x18\x03 \x01(\fR\rremoteAddress\x12\x1f\n" +
 	"\vremote_port\x18\x04 \x01(\rR\n" +
-	"remotePort\" \n" +
+	"remotePort\"4\n" +
 	"\fKeepWorkload\x12\x10\n" +
+	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x12\n" +
+	"\x04lend\x18d \x01(\bR\x04lend\"!\n" +
+	"\rYieldWorkload\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\"\x1f\n" +
 	"\vDelWorkload\x12\x10\n" +
 	"\x03uid\x18\x02 \x01(\tR\x03uid\"\x0e\n" +
-	"\fSnapshotSent\"\x87\x02\n" +
+	"\fSnapshotSent\"\xc2\x02\n" +
 	"\x0fWorkloadRequest\x123\n" +
 	"\x03add\x18\x01 \x01(\v2\x1f.istio.workload.zds.AddWorkloadH\x00R\x03add\x123\n" +
 	"\x03del\x18\x02 \x01(\v2\x1f.istio.workload.zds.DelWorkloadH\x00R\x03del\x12G\n" +
 	"\rsnapshot_sent\x18\x03 \x01(\v2 .istio.workload.zds.SnapshotSentH\x00R\fsnapshotSent\x126\n" +
-	"\x04keep\x18\x05 \x01(\v2 .istio.workload.zds.KeepWorkloadH\x00R\x04keepB\t\n" +
-	"\apayload\"\x1b\n" +
+	"\x04keep\x18\x05 \x01(\v2 .istio.workload.zds.KeepWorkloadH\x00R\x04keep\x129\n" +
+	"\x05yield\x18d \x01(\v2!.istio.workload.zds.YieldWorkloadH\x00R\x05yieldB\t\n" +
+	"\apayload\"R\n" +
 	"\x03Ack\x12\x14\n" +
-	"\x05error\x18\x01 \x01(\tR\x05error\"J\n" +
+	"\x05error\x18\x01 \x01(\tR\x05error\x125\n" +
+	"\aholding\x18d \x01(\v2\x1b.istio.workload.zds.HoldingR\aholding\"\x93\x01\n" +
+	"\aHolding\x12\x14\n" +
+	"\x05reads\x18\x01 \x01(\bR\x05reads\x12\x18\n" +
+	"\ayielded\x18\x02 \x01(\bR\ayielded\x12\x1b\n" +
+	"\tdevice_id\x18\x03 \x01(\tR\bdeviceId\x12\x18\n" +
+	"\aoffload\x18\x04 \x01(\bR\aoffload\x12!\n" +
+	"\ficmp_sockets\x18\x05 \x01(\rR\vicmpSockets\"J\n" +
 	"\x10WorkloadResponse\x12+\n" +
 	"\x03ack\x18\x01 \x01(\v2\x17.istio.workload.zds.AckH\x00R\x03ackB\t\n" +
 	"\apayload*\x1f\n" +
@@ -860,36 +1130,42 @@ func file_zdsapi_zds_proto_rawDescGZIP() []byte {
 }
 
 var file_zdsapi_zds_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_zdsapi_zds_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_zdsapi_zds_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_zdsapi_zds_proto_goTypes = []any{
 	(Version)(0),             // 0: istio.workload.zds.Version
 	(*ZdsHello)(nil),         // 1: istio.workload.zds.ZdsHello
-	(*WorkloadInfo)(nil),     // 2: istio.workload.zds.WorkloadInfo
-	(*AddWorkload)(nil),      // 3: istio.workload.zds.AddWorkload
-	(*Device)(nil),           // 4: istio.workload.zds.Device
-	(*Flow)(nil),             // 5: istio.workload.zds.Flow
-	(*KeepWorkload)(nil),     // 6: istio.workload.zds.KeepWorkload
-	(*DelWorkload)(nil),      // 7: istio.workload.zds.DelWorkload
-	(*SnapshotSent)(nil),     // 8: istio.workload.zds.SnapshotSent
-	(*WorkloadRequest)(nil),  // 9: istio.workload.zds.WorkloadRequest
-	(*Ack)(nil),              // 10: istio.workload.zds.Ack
-	(*WorkloadResponse)(nil), // 11: istio.workload.zds.WorkloadResponse
+	(*Proxy)(nil),            // 2: istio.workload.zds.Proxy
+	(*WorkloadInfo)(nil),     // 3: istio.workload.zds.WorkloadInfo
+	(*AddWorkload)(nil),      // 4: istio.workload.zds.AddWorkload
+	(*Device)(nil),           // 5: istio.workload.zds.Device
+	(*Flow)(nil),             // 6: istio.workload.zds.Flow
+	(*KeepWorkload)(nil),     // 7: istio.workload.zds.KeepWorkload
+	(*YieldWorkload)(nil),    // 8: istio.workload.zds.YieldWorkload
+	(*DelWorkload)(nil),      // 9: istio.workload.zds.DelWorkload
+	(*SnapshotSent)(nil),     // 10: istio.workload.zds.SnapshotSent
+	(*WorkloadRequest)(nil),  // 11: istio.workload.zds.WorkloadRequest
+	(*Ack)(nil),              // 12: istio.workload.zds.Ack
+	(*Holding)(nil),          // 13: istio.workload.zds.Holding
+	(*WorkloadResponse)(nil), // 14: istio.workload.zds.WorkloadResponse
 }
 var file_zdsapi_zds_proto_depIdxs = []int32{
 	0,  // 0: istio.workload.zds.ZdsHello.version:type_name -> istio.workload.zds.Version
-	2,  // 1: istio.workload.zds.AddWorkload.workload_info:type_name -> istio.workload.zds.WorkloadInfo
-	4,  // 2: istio.workload.zds.AddWorkload.device:type_name -> istio.workload.zds.Device
-	5,  // 3: istio.workload.zds.Device.older_flows:type_name -> istio.workload.zds.Flow
-	3,  // 4: istio.workload.zds.WorkloadRequest.add:type_name -> istio.workload.zds.AddWorkload
-	7,  // 5: istio.workload.zds.WorkloadRequest.del:type_name -> istio.workload.zds.DelWorkload
-	8,  // 6: istio.workload.zds.WorkloadRequest.snapshot_sent:type_name -> istio.workload.zds.SnapshotSent
-	6,  // 7: istio.workload.zds.WorkloadRequest.keep:type_name -> istio.workload.zds.KeepWorkload
-	10, // 8: istio.workload.zds.WorkloadResponse.ack:type_name -> istio.workload.zds.Ack
-	9,  // [9:9] is the sub-list for method output_type
-	9,  // [9:9] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	2,  // 1: istio.workload.zds.ZdsHello.proxy:type_name -> istio.workload.zds.Proxy
+	3,  // 2: istio.workload.zds.AddWorkload.workload_info:type_name -> istio.workload.zds.WorkloadInfo
+	5,  // 3: istio.workload.zds.AddWorkload.device:type_name -> istio.workload.zds.Device
+	6,  // 4: istio.workload.zds.Device.older_flows:type_name -> istio.workload.zds.Flow
+	4,  // 5: istio.workload.zds.WorkloadRequest.add:type_name -> istio.workload.zds.AddWorkload
+	9,  // 6: istio.workload.zds.WorkloadRequest.del:type_name -> istio.workload.zds.DelWorkload
+	10, // 7: istio.workload.zds.WorkloadRequest.snapshot_sent:type_name -> istio.workload.zds.SnapshotSent
+	7,  // 8: istio.workload.zds.WorkloadRequest.keep:type_name -> istio.workload.zds.KeepWorkload
+	8,  // 9: istio.workload.zds.WorkloadRequest.yield:type_name -> istio.workload.zds.YieldWorkload
+	13, // 10: istio.workload.zds.Ack.holding:type_name -> istio.workload.zds.Holding
+	12, // 11: istio.workload.zds.WorkloadResponse.ack:type_name -> istio.workload.zds.Ack
+	12, // [12:12] is the sub-list for method output_type
+	12, // [12:12] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_zdsapi_zds_proto_init() }
@@ -897,13 +1173,14 @@ func file_zdsapi_zds_proto_init() {
 	if File_zdsapi_zds_proto != nil {
 		return
 	}
-	file_zdsapi_zds_proto_msgTypes[8].OneofWrappers = []any{
+	file_zdsapi_zds_proto_msgTypes[10].OneofWrappers = []any{
 		(*WorkloadRequest_Add)(nil),
 		(*WorkloadRequest_Del)(nil),
 		(*WorkloadRequest_SnapshotSent)(nil),
 		(*WorkloadRequest_Keep)(nil),
+		(*WorkloadRequest_Yield)(nil),
 	}
-	file_zdsapi_zds_proto_msgTypes[10].OneofWrappers = []any{
+	file_zdsapi_zds_proto_msgTypes[13].OneofWrappers = []any{
 		(*WorkloadResponse_Ack)(nil),
 	}
 	type x struct{}
@@ -912,7 +1189,7 @@ func file_zdsapi_zds_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_zdsapi_zds_proto_rawDesc), len(file_zdsapi_zds_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   11,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
