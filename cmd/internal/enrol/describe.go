@@ -33,7 +33,7 @@ func (c *Controller) describe(pod *corev1.Pod, before known) agent.Pod {
 		Addresses:         before.addresses(statusAddresses(pod)),
 		BypassInbound:     boolean(pod.Annotations[bypassAnnotation], false),
 		DNSCapture:        boolean(pod.Annotations[dnsAnnotation], c.cfg.DNSCapture),
-		VirtualInterfaces: c.virtualInterfaces(pod),
+		VirtualInterfaces: c.virtualInterfaces(pod, before.serial == 0),
 		ProbePorts:        probePorts(pod),
 	}
 }
@@ -46,10 +46,11 @@ func serviceAccount(pod *corev1.Pod) string {
 }
 
 // virtualInterfaces reads the comma list. Names that no interface of the pod's
-// can have are left out: the pod belongs in the mesh all the same.
-func (c *Controller) virtualInterfaces(pod *corev1.Pod) []string {
+// can have are left out: the pod belongs in the mesh all the same. first: it is
+// said.
+func (c *Controller) virtualInterfaces(pod *corev1.Pod, first bool) []string {
 	names, wrong := parseInterfaces(pod.Annotations[interfacesAnnotation])
-	if wrong != "" {
+	if wrong != "" && first {
 		c.log.Warn("annotation names an interface that cannot be", "pod", pod.Namespace+"/"+pod.Name, "annotation", interfacesAnnotation, "interface", wrong)
 	}
 	return names
