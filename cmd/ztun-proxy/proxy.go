@@ -152,13 +152,15 @@ func (p *proxy) xdsConfig() xds.Config {
 		ClusterID: cfg.Node.ClusterID, Headers: cfg.XDS.Pairs(),
 		Node: xds.Node{
 			PodName: cfg.Node.PodName, Namespace: cfg.Node.PodNamespace, IP: cfg.Node.InstanceIP,
-			NodeName: cfg.Node.Name, Metadata: cfg.Node.Metadata, JSON: cfg.Node.MetadataJSON,
+			NodeName: cfg.Node.Name, Metadata: cfg.Node.Announced("ztun-" + release), JSON: cfg.Node.MetadataJSON,
 		},
 		Subscriptions: []xds.Subscription{
 			{Type: xds.AddressType, Handler: p.store.Addresses()},
 			{Type: xds.AuthorizationType, Handler: p.store.Authorizations()},
 		},
-		Log: p.logs.Logger("xds"),
+		// Where istiod answers there is its CA too.
+		Answered: func() { p.certs.Retry() },
+		Log:      p.logs.Logger("xds"),
 	}
 	switch {
 	case cfg.Auth.TokenFile != "":
