@@ -58,10 +58,15 @@ func (m *Manager) fetch(ctx context.Context, e *entry) {
 	level := slog.LevelWarn
 	if err == nil {
 		e.succeeded(cert, now)
+		m.told = nil
 		m.retryLocked(now, unreachable)
 	} else {
 		e.failed(err, now, m.cfg.QuietFor)
-		if e.forming || !e.told.news(err, now) {
+		told := &e.told
+		if unreachable(err) {
+			told = &m.told // It has nothing to do with this identity.
+		}
+		if e.forming || !told.news(err, now) {
 			level = slog.LevelDebug
 		}
 	}

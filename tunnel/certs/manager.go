@@ -88,6 +88,7 @@ type Manager struct {
 	now      queue // entries that wait for a place, by priority
 	fetching int
 	waiters  int
+	told     complaints // of a CA that does not answer
 	running  bool
 	closed   bool
 }

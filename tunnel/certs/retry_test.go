@@ -144,6 +144,42 @@ func TestWhatIsNotQuiet(t *testing.T) {
 	}
 }
 
+// That istiod is away is one piece of news, however many pods there are.
+func TestAwayIsToldOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log logBook
+		g := newGate(true)
+		m := run(t, certs.Config{CA: g, Log: log.logger()})
+		for range 2 { // It comes back in between.
+			g.fail(errGone)
+			log.take()
+			for n := range 50 {
+				m.Forget(id(n))
+				m.Prefetch(id(n))
+			}
+			time.Sleep(4 * time.Minute)
+			synctest.Wait()
+			if lines := loud(log.String()); len(lines) != 1 || !strings.Contains(lines[0], "connection refused") {
+				t.Errorf("logged %d lines: %.400q, want one", len(lines), lines)
+			}
+			g.fail(nil)
+			m.Retry()
+			time.Sleep(2 * time.Second)
+			synctest.Wait()
+		}
+		g.fail(status.Error(codes.PermissionDenied, "no"))
+		log.take()
+		for n := range 3 {
+			m.Forget(id(n))
+			m.Prefetch(id(n))
+		}
+		time.Sleep(time.Second)
+		if lines := loud(log.String()); len(lines) != 3 {
+			t.Errorf("logged %q, want a line for each identity that is refused", lines)
+		}
+	})
+}
+
 // What waits out its back-off does not have to once istiod is known to be back.
 func TestRetryWhenIstiodIsBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
