@@ -152,6 +152,7 @@ type Controller struct {
 	locator    locator
 	synced     chan struct{} // Closed once the agent knows its pods.
 	events     struct{ add, update, remove atomic.Uint64 }
+	busy       atomic.Int32 // Keys that are worked on.
 
 	known table
 
@@ -244,9 +245,10 @@ func (c *Controller) work(ctx context.Context) {
 		if shutDown {
 			return
 		}
+		c.busy.Add(1)
 		c.handle(ctx, key)
-		if c.queue.Len() == 0 {
-			c.locator.clear()
+		if c.busy.Add(-1) == 0 && c.queue.Len() == 0 {
+			c.locator.clear() // Nobody is left to ask for what was found.
 		}
 	}
 }

@@ -1,6 +1,8 @@
 package enrol
 
 import (
+	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -8,6 +10,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/ztun/ztun/cmd/internal/procs"
 )
 
 func TestNamespaceLabelEnrolsRunningPods(t *testing.T) {
@@ -236,34 +240,70 @@ func TestUnmountedNamespaceIsKnownByDescriptor(t *testing.T) {
 		if k, ok := n.c.known.get("u"); !ok || k.ns == nil || n.procs.given[0] != k.ns {
 			t.Error("the descriptor behind the path is not kept")
 		}
+		if err := n.enrol(request("u", "/var/run/netns/cni-2", "10.0.0.3")); err != nil {
+			t.Fatal(err)
+		}
+		n.procs.wantClosed(n.T) // The first sandbox's.
+		n.procs.run(n.T, "u", "elsewhere/3", "10.0.0.4")
+		n.apply(pod("a", "u", "10.0.0.4"))
 		n.deletePod("a")
-		n.wantCalls("forget u")
+		n.wantCalls("set u", "set u", "forget u")
 		n.procs.wantClosed(n.T)
 	}, namespace("demo", ambient...), pod("a", "u", "10.0.0.2"))
 }
 
-func TestOneScanServesManyPods(t *testing.T) {
+func TestManyPodsAtOnce(t *testing.T) {
 	inNode(t, func(n *node) {
-		names := []string{"a", "b", "c", "d", "e"}
-		for i, name := range names {
-			ip := "10.0.0." + string(rune('1'+i))
+		for i, name := range []string{"a", "b", "c", "d", "e"} {
+			ip := fmt.Sprintf("10.0.0.%d", i)
 			n.procs.run(n.T, "u-"+name, "cni-"+name, ip)
 			n.apply(pod(name, "u-"+name, ip))
 		}
 		n.start()
 		n.namespace("demo", ambient...)
 		n.wantKnown("u-a", "u-b", "u-c", "u-d", "u-e")
-		if n.procs.scans > 2 {
-			t.Errorf("%d scans for %d pods", n.procs.scans, len(names))
-		}
-		n.procs.mu.Lock()
-		defer n.procs.mu.Unlock()
-		for _, f := range n.procs.given {
-			if _, err := f.Stat(); err == nil {
-				t.Errorf("%s is left open with nothing to do", f.Name())
-			}
-		}
+		n.procs.wantClosed(n.T) // With nothing to do.
 	}, namespace("demo"))
+}
+
+func TestOneScanServesManyPods(t *testing.T) {
+	m := &memProcs{dir: t.TempDir(), pods: map[string]memPod{}}
+	var targets []procs.Target
+	for _, uid := range []string{"a", "b", "c"} {
+		m.run(t, uid, uid, "10.0.0.2")
+		targets = append(targets, procs.Target{UID: uid, Addresses: addrs("10.0.0.2")})
+	}
+	l := locator{finder: m}
+	for _, target := range targets[:2] {
+		f, err := l.find(t.Context(), target, func() []procs.Target { return targets })
+		if err != nil || filepath.Base(f.Name()) != target.UID {
+			t.Fatalf("find(%s) = %v, %v", target.UID, f, err)
+		}
+		_ = f.Close()
+	}
+	if m.scans != 1 {
+		t.Errorf("%d scans", m.scans)
+	}
+	l.clear()
+	m.wantClosed(t)
+	if _, err := l.find(t.Context(), procs.Target{UID: "d"}, func() []procs.Target { return nil }); err == nil || !strings.Contains(err.Error(), "pod d") {
+		t.Errorf("find of a pod without processes = %v", err)
+	}
+}
+
+func TestWantedAgainWhileLeaving(t *testing.T) {
+	inNode(t, func(n *node) {
+		n.procs.run(n.T, "u", "cni-1", "10.0.0.2")
+		n.start()
+		n.agent.take()
+		n.agent.failDelete = 1 // It goes on leaving.
+		n.namespace("demo")
+		n.namespace("demo", ambient...)
+		n.pass(retried)
+		n.wantCalls("delete u", "set u")
+		n.wantKnown("u")
+		n.wantMark("a", "enabled")
+	}, namespace("demo", ambient...), pod("a", "u", "10.0.0.2"))
 }
 
 func TestFinishedPodIsForgotten(t *testing.T) {
