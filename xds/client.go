@@ -155,7 +155,6 @@ func (c *Client) stream(ctx context.Context) (Termination, error) {
 	}
 	c.counters.connected.Store(true)
 	defer c.counters.connected.Store(false)
-	c.log.Info("stream to the control plane opened", "id", c.streams, "address", c.config.Address)
 	err = c.serve(stream)
 	end := classify(err)
 	err = fmt.Errorf("xds: stream to %s: %w", c.config.Address, err)
@@ -220,6 +219,8 @@ func (c *Client) serve(stream deltaStream) error {
 			return err
 		}
 		if first {
+			// Not before: an istiod that refuses us lets us open the stream too.
+			c.log.Info("stream to the control plane opened", "id", c.streams, "address", c.config.Address)
 			c.answered, c.ends = true, nil
 			if c.config.Answered != nil {
 				c.config.Answered()
