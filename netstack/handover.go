@@ -60,7 +60,12 @@ func (s *Stack) yield(packets *os.File) error {
 			s.handBack(r)
 		}
 	}
-	s.held = nil
+	for _, b := range s.heldTunnels {
+		if unix.Send(source.FD(), b, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL) != nil {
+			s.counters.handOnFailed.Add(1)
+		}
+	}
+	s.held, s.heldTunnels = nil, nil
 	return nil
 }
 
@@ -78,6 +83,23 @@ func (s *Stack) packetSocket(f *os.File) (*tun.Device, error) {
 		return nil, fmt.Errorf("netstack: packet socket: descriptor is of type %d", typ)
 	}
 	return d, nil
+}
+
+// maxHeldTunnels bounds the SYNs to the TunnelPort that are held.
+const maxHeldTunnels = 256
+
+// holdTunnel keeps the SYN in the reader's buffers for the successor. It may be
+// lost: its sender repeats it.
+func (s *Stack) holdTunnel(h tun.Header, n int) {
+	if n > headRoom || len(s.heldTunnels) >= maxHeldTunnels {
+		return
+	}
+	b := make([]byte, tun.HeaderSize, tun.HeaderSize+n)
+	if h.ChecksumVouched() {
+		b[0] = tun.DataValid
+	}
+	s.reader.peekViews(n, func(part []byte) { b = append(b, part...) })
+	s.heldTunnels = append(s.heldTunnels, b)
 }
 
 // handBack leaves a SYN to the successor.

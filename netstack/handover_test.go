@@ -211,6 +211,54 @@ func TestWithheldSYNGoesToTheSuccessor(t *testing.T) {
 	}
 }
 
+// TestHeldSYNsGoToTheSuccessor also if they were asked about before, and
+// refused without a word.
+func TestHeldSYNsGoToTheSuccessor(t *testing.T) {
+	r := newRawRig(t, StackConfig{})
+	first, second := make(chan *Request, 1), make(chan netip.AddrPort, 4)
+	on(r.stack, r.handler, func(h *hooks) { h.tcp = func(q *Request) { first <- q } })
+	r.write(tun.Header{}, segment(podPort, service, flagSYN, 7, 0, nil))
+	q := <-first
+	r.stack.Hold()
+	do(r.stack.Loop(), func() int { q.Refuse(RefuseSilent); return 0 })
+	r.stack.StopAccepting()
+	r.write(tun.Header{}, segment(client, netip.AddrPortFrom(pod, 80), flagSYN, 7, 0, nil))
+	r.write(tun.Header{}, segment(client, netip.AddrPortFrom(pod, TunnelPort), flagSYN, 7, 0, nil))
+	r.sync()
+	if b, _, ok := r.tryRead(0); ok {
+		t.Errorf("answered: % x", b)
+	}
+	succeed(t, r.stack.reader.engine, r.stack, &hooks{t: t, tcp: func(q *Request) { second <- q.Src() }}, StackConfig{})
+	got := map[netip.AddrPort]bool{<-second: true, <-second: true}
+	if !got[podPort] || !got[client] {
+		t.Errorf("requests of %v", got)
+	}
+	if b, _ := r.read(); flagsOf(b) != flagSYN|flagACK {
+		t.Errorf("flags %#x of the successor's listener", flagsOf(b))
+	}
+}
+
+// TestAcceptAnswersWhatWasHeld once.
+func TestAcceptAnswersWhatWasHeld(t *testing.T) {
+	r := newRawRig(t, StackConfig{})
+	asked := make(chan *Request, 2)
+	on(r.stack, r.handler, func(h *hooks) { h.tcp = func(q *Request) { asked <- q } })
+	r.stack.StopAccepting()
+	syn := segment(podPort, service, flagSYN, 7, 0, nil)
+	r.write(tun.Header{}, syn)
+	r.write(tun.Header{}, syn)
+	r.sync()
+	if len(asked) != 0 {
+		t.Error("asked while nothing is accepted")
+	}
+	do(r.stack.Loop(), func() int { r.stack.Accept(); return 0 })
+	<-asked
+	r.sync()
+	if len(asked) != 0 {
+		t.Error("asked twice")
+	}
+}
+
 // TestNothingComesBackFromThePredecessor but a SYN: what the two sent each
 // other would never end.
 func TestNothingComesBackFromThePredecessor(t *testing.T) {

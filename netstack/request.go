@@ -168,6 +168,10 @@ func (r *Request) Refuse(why Refusal) {
 	case RefuseUnreachable, RefuseProhibited:
 		s.inject(appendUnreachable(nil, from.Addr(), to.Addr(), why == RefuseProhibited, r.head))
 	case RefuseSilent:
+		if s.quiet {
+			s.holdBack(r) // Whoever reads the device next decides anew.
+			return
+		}
 	}
 	r.drop()
 }

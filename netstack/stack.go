@@ -49,14 +49,17 @@ type Stack struct {
 	bypass    forwarded
 	listeners []*listener
 	reserved  int64
-	port      uint32     // of the last dial without one, from firstPort on
-	timeWaits []*Flow    // oldest first
-	quiet     bool       // answers no SYN
-	held      []*Request // those of a quiet stack, and some that are over
-	closed    bool
-	source    *tun.Device // what is read: dev, or what the successor sends
-	before    *tun.Device // the predecessor's socket; nil: there is none
-	alone     []func()    // wait for there to be none
+	port      uint32  // of the last dial without one, from firstPort on
+	timeWaits []*Flow // oldest first
+	quiet     bool    // answers no SYN
+	// heldTunnels are SYNs to the TunnelPort, headers first.
+	heldTunnels [][]byte
+	noTunnels   bool       // nor one to the TunnelPort
+	held        []*Request // those of a quiet stack, and some that are over
+	closed      bool
+	source      *tun.Device // what is read: dev, or what the successor sends
+	before      *tun.Device // the predecessor's socket; nil: there is none
+	alone       []func()    // wait for there to be none
 }
 
 func newStack(r *reader, dev *tun.Device, cfg StackConfig) (*Stack, error) {
@@ -148,18 +151,23 @@ func (s *Stack) onLoop(f func()) {
 	}
 }
 
-// StopAccepting leaves every SYN without an answer from now on: it waits for
-// Yield, which hands it to whoever reads the device next, or for its sender to
-// repeat it. Flows live on.
-func (s *Stack) StopAccepting() {
+// Hold leaves every SYN without an answer from now on, but for those to the
+// TunnelPort: it waits for Yield, which hands it to whoever reads the device
+// next, or for its sender to repeat it. Flows live on.
+func (s *Stack) Hold() {
 	s.onLoop(func() { s.quiet = true })
 }
 
-// Accept undoes StopAccepting. It runs on the loop.
+// StopAccepting is Hold for all SYNs.
+func (s *Stack) StopAccepting() {
+	s.onLoop(func() { s.quiet, s.noTunnels = true, true })
+}
+
+// Accept undoes Hold and StopAccepting. It runs on the loop.
 func (s *Stack) Accept() {
-	s.quiet = false
+	s.quiet, s.noTunnels = false, false
 	held := s.held
-	s.held = nil
+	s.held, s.heldTunnels = nil, nil // The latter come again.
 	for _, r := range held {
 		if !r.over {
 			s.handler.HandleTCP(r)

@@ -121,7 +121,11 @@ func (s *Stack) segment(p *packet, h tun.Header, n int) {
 		s.forward(h, n)
 		return
 	case p.isSYN():
-		if s.source != s.dev || s.quiet && p.tuple.dstPort == TunnelPort {
+		if s.source != s.dev {
+			return
+		}
+		if s.noTunnels && p.tuple.dstPort == TunnelPort {
+			s.holdTunnel(h, n)
 			return
 		}
 	case s.before != nil && s.isStray(p) && s.handOn(h, n):
