@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -33,6 +34,7 @@ type pods struct {
 
 	// mu guards the fields below.
 	mu      sync.Mutex
+	leaving bool // The process is about to end.
 	running map[*pod]struct{}
 	ended   map[string]uint64 // What the pods that stopped have counted.
 }
@@ -45,7 +47,10 @@ type pod struct {
 	stack  *netstack.Stack
 }
 
-var _ zds.Starter = (*pods)(nil)
+var (
+	_ zds.Starter = (*pods)(nil)
+	_ zds.Yielder = (*pod)(nil)
+)
 
 // Start implements zds.Starter.
 func (p *pods) Start(w zds.Workload, files zds.Files) (zds.Proxy, error) {
@@ -64,7 +69,8 @@ func (p *pods) Start(w zds.Workload, files zds.Files) (zds.Proxy, error) {
 	s := &pod{owner: p, name: name}
 	stackCfg := stackConfig(name, d, log)
 	stackCfg.IsProbe = p.probes.forPod(w.UID, d)
-	stackCfg.ICMP = files.ICMP
+	stackCfg.ICMP, stackCfg.Predecessor, stackCfg.PortPart = files.ICMP, files.Predecessor, d.PortPart
+	stackCfg.Resumed = s.resume
 	s.stack, err = p.engine.Add(dev, stackCfg, func(stack *netstack.Stack) (netstack.Handler, error) {
 		cfg := p.config
 		cfg.Workload = tunnel.Workload{Name: w.Name, Namespace: w.Namespace, ServiceAccount: w.ServiceAccount}
@@ -131,7 +137,7 @@ func (s *pod) count(sum map[string]uint64) {
 		"limit_connections": stack.LimitConnections + pod.Limited.Load(), "limit_pending": stack.LimitPending,
 		"expired": stack.Expired, "cut": pod.Cut.Load(), "icmp_error": stack.ICMP,
 		"limit_tunnels": pool.Limited.Load() + peers.Limited.Load(), "handshake_failed": peers.HandshakeFails.Load(),
-		"same_node": pod.SameNode.Load(),
+		"same_node": pod.SameNode.Load(), "handed_on": stack.HandedOn, "hand_on_failed": stack.HandOnFailed,
 	} {
 		sum[event] += n
 	}
@@ -153,6 +159,50 @@ func stackConfig(name string, d *zds.Device, log *slog.Logger) netstack.StackCon
 		cfg.Older = append(cfg.Older, netstack.Tuple{Local: f.Local, Remote: f.Remote})
 	}
 	return cfg
+}
+
+// drained is a context for who does not want to wait.
+var drained = func() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}()
+
+// Yield implements zds.Yielder. Peers are asked to open new connections, which
+// are the successor's.
+func (s *pod) Yield(packets *os.File) error {
+	s.stack.Hold()
+	_ = s.tunnel.Drain(drained) // Begins it.
+	err := s.stack.Yield(packets)
+	if errors.Is(err, netstack.ErrClosed) { // Nobody reads here any more.
+		_ = packets.Close()
+		return nil
+	}
+	if err != nil {
+		s.stack.Loop().Post(s.resume)
+	}
+	return err
+}
+
+// resume runs on the loop when the device is read again that was yielded.
+func (s *pod) resume() {
+	p := s.owner
+	p.mu.Lock()
+	leaving := p.leaving
+	p.mu.Unlock()
+	if !leaving {
+		s.tunnel.Resume()
+		s.stack.Loop().Post(s.stack.Accept) // After that.
+	}
+}
+
+// Predecessor implements zds.Yielder.
+func (s *pod) Predecessor() *os.File { return s.stack.Predecessor() }
+
+// Lend implements zds.Yielder.
+func (s *pod) Lend() (f zds.Files, yielded bool, err error) {
+	f.Device, f.ICMP, yielded, err = s.stack.Lend()
+	return f, yielded, err
 }
 
 // Stop implements zds.Proxy. Connections are reset.
@@ -180,9 +230,12 @@ func (h handler) HandleTunnel(end splice.End, remote, local netip.AddrPort) {
 func (h handler) HandleUDP(d *netstack.Datagram) { d.Forward() }
 
 // drainAll lets the connections of all pods end by themselves until ctx ends,
-// then cuts them. No SYN is answered from the start: its sender repeats it, and
-// the next proxy answers.
-func drainAll(ctx context.Context, list []zds.PodStatus, log *slog.Logger) {
+// then cuts them. No SYN is answered from the start: the next proxy answers. A
+// predecessor's packets come through here, so that it has to end first.
+func (p *pods) drainAll(ctx context.Context, list []zds.PodStatus, log *slog.Logger) {
+	p.mu.Lock()
+	p.leaving = true
+	p.mu.Unlock()
 	var served []*pod
 	var live int64
 	for _, st := range list {
@@ -197,7 +250,15 @@ func drainAll(ctx context.Context, list []zds.PodStatus, log *slog.Logger) {
 	var wg sync.WaitGroup
 	for _, s := range served {
 		wg.Go(func() {
-			if err := s.tunnel.Drain(ctx); err != nil {
+			err := s.tunnel.Drain(ctx)
+			if err == nil {
+				select {
+				case <-s.stack.Alone():
+				case <-ctx.Done():
+					err = ctx.Err()
+				}
+			}
+			if err != nil {
 				log.Info("connections are cut: the deadline has passed", "wl", s.name)
 			}
 			s.Stop()

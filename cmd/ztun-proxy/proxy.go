@@ -125,6 +125,7 @@ func (p *proxy) build() (err error) {
 	p.agent = zds.NewClient(zds.ClientConfig{
 		Socket:  cfg.AgentSocket,
 		Starter: p.pods,
+		Yields:  true,
 		Ready:   func(ready bool) { p.ready.Set(taskPods, ready) },
 		Log:     p.logs.Logger("inpod"),
 	})

@@ -49,11 +49,17 @@ func (p *proxy) serve(out *telemetry.Writer) error {
 	defer hung.Stop()
 	p.log.Info("shutting down", "deadline", p.cfg.DrainDeadline)
 	stopHTTP()
+	drain, cancel := context.WithTimeout(context.Background(), p.cfg.DrainDeadline)
+	p.agent.Leave()
+	p.pods.drainAll(drain, p.agent.Pods(), p.log)
+	cancel()
 	stopAgent()
 	<-agentDone
-	drain, cancel := context.WithTimeout(context.Background(), p.cfg.DrainDeadline)
-	drainAll(drain, p.agent.Pods(), p.log)
-	cancel()
+	for _, st := range p.agent.Pods() { // A Start was perhaps under way.
+		if st.Proxy != nil {
+			st.Proxy.Stop()
+		}
+	}
 	waitHTTP()
 	p.engine.Close()
 	p.handshakes.Close()
