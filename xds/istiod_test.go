@@ -338,6 +338,33 @@ func TestLevels(t *testing.T) {
 	}
 }
 
+// A failure after a success is another one, even if it says the same.
+func TestFailureAfterASuccessIsTold(t *testing.T) {
+	s := newServer(t)
+	var log logBook
+	config := s.config(Subscription{typeA, newBook()})
+	config.Log = log.logger()
+	r := start(t, config)
+	for want := 1; want <= 3; want++ {
+		st := s.accept()
+		if _, err := st.s.Recv(); err != nil {
+			t.Fatal(err)
+		}
+		st.send(&response{TypeUrl: typeA, Nonce: "1"})
+		st.want("ack", &request{TypeUrl: typeA, ResponseNonce: "1"})
+		for range 3 { // Told once for all three.
+			st.end <- status.Error(codes.Internal, "boom")
+			r.slept(t)
+			if lines := log.above(); len(lines) != want {
+				t.Errorf("logged %q, want %d lines", lines, want)
+			}
+			st = s.accept()
+		}
+		st.end <- nil
+		r.slept(t)
+	}
+}
+
 // An error that differs each time costs no memory without a bound.
 func TestComplaintsAreBounded(t *testing.T) {
 	var c complaints
