@@ -58,10 +58,11 @@ func processSegments(handshake unsafe.Pointer) tcpip.Error
 //go:linkname handshakeFailed gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).handshakeFailed
 func handshakeFailed(e *tcp.Endpoint, err tcpip.Error)
 
-// Pointers to what has no exported name: where they are, by the field's name.
+// Where what has no exported name is, by the field's name.
 var (
 	senderAt    = offsetOf(reflect.TypeFor[tcp.Endpoint](), "snd", "*tcp.sender")
 	handshakeAt = offsetOf(reflect.TypeFor[tcp.Endpoint](), "h", "*tcp.handshake")
+	sackAt      = offsetOf(reflect.TypeFor[tcp.Endpoint](), "sack", "tcp.SACKInfo")
 	listenAt    = offsetOf(reflect.TypeFor[tcp.Forwarder](), "listen", "*tcp.listenContext")
 	endpointAt  = offsetOf(fieldOf(reflect.TypeFor[tcp.Endpoint](), "h").Type.Elem(), "ep", "*tcp.Endpoint")
 )
@@ -89,6 +90,12 @@ func at(object unsafe.Pointer, offset uintptr) unsafe.Pointer {
 
 // senderOf returns e's sender, which a connected endpoint has.
 func senderOf(e *tcp.Endpoint) unsafe.Pointer { return at(unsafe.Pointer(e), senderAt) }
+
+// sackOf returns what has come to e, which is locked, behind a hole.
+func sackOf(e *tcp.Endpoint) []header.SACKBlock {
+	s := (*tcp.SACKInfo)(unsafe.Add(unsafe.Pointer(e), sackAt))
+	return s.Blocks[:s.NumBlocks]
+}
 
 // forgetHandshake frees what an established connection keeps of its
 // handshake: 240 bytes.

@@ -89,8 +89,14 @@ func (l *link) WritePacket(pkt *stack.PacketBuffer) tcpip.Error {
 	}
 	t := transmits.Get().(*transmit)
 	defer transmits.Put(t)
-	t.Reset(virtioHeader(pkt))
-	t.append(pkt)
+	if blocks := l.untold(pkt); len(blocks) > 0 {
+		t.flat = appendSACK(t.flat[:0], pkt.NetworkHeader().Slice(), pkt.TransportHeader().Slice(), blocks)
+		t.Reset(noOffload)
+		t.Append(t.flat)
+	} else {
+		t.Reset(virtioHeader(pkt))
+		t.append(pkt)
+	}
 	c := &l.stack.counters
 	if err := l.stack.dev.WriteVector(&t.Writer); err != nil {
 		c.writeFailed.Add(1)

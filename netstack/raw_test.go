@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 
 	"github.com/ztun/ztun/tun"
 	"github.com/ztun/ztun/tun/tuntest"
@@ -98,19 +99,40 @@ func (r *rawRig) sync() {
 
 // segment makes a TCP packet.
 func segment(src, dst netip.AddrPort, flags uint8, seq, ack uint32, payload []byte) []byte {
-	b := appendIP(nil, src.Addr(), dst.Addr(), protoTCP, tcpHeaderMin+len(payload))
+	return segmentWith(nil, src, dst, flags, seq, ack, payload)
+}
+
+// segmentWith makes a TCP packet with options, a multiple of four bytes.
+func segmentWith(options []byte, src, dst netip.AddrPort, flags uint8, seq, ack uint32, payload []byte) []byte {
+	b := appendIP(nil, src.Addr(), dst.Addr(), protoTCP, tcpHeaderMin+len(options)+len(payload))
 	at := len(b)
 	b = append(b, make([]byte, tcpHeaderMin)...)
-	b = append(b, payload...)
+	b = append(append(b, options...), payload...)
 	h := b[at:]
 	binary.BigEndian.PutUint16(h[0:], src.Port())
 	binary.BigEndian.PutUint16(h[2:], dst.Port())
 	binary.BigEndian.PutUint32(h[4:], seq)
 	binary.BigEndian.PutUint32(h[8:], ack)
-	h[12], h[13] = 5<<4, flags
+	h[12], h[13] = uint8(5+len(options)/4)<<4, flags
 	binary.BigEndian.PutUint16(h[14:], 65535)
 	binary.BigEndian.PutUint16(h[16:], ^fold(sum(h, pseudo(src.Addr(), dst.Addr(), protoTCP, len(h)))))
 	return b
+}
+
+// timestamps is the option with a value and the echo of another, with room for
+// four more bytes: SACK permitted, or nothing.
+func timestamps(sack bool, value, echo uint32) []byte {
+	b := []byte{optNOP, optNOP, optNOP, optNOP, optNOP, optNOP, 8, 10}
+	if sack {
+		b[2], b[3] = 4, 2
+	}
+	return binary.BigEndian.AppendUint32(binary.BigEndian.AppendUint32(b, value), echo)
+}
+
+// optionsOf parses the options of a segment.
+func optionsOf(b []byte) header.TCPOptions {
+	h := tcpOf(b)
+	return header.ParseTCPOptions(h[tcpHeaderMin : h[12]>>4*4])
 }
 
 // tcpOf returns the TCP header of a packet.
