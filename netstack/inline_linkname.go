@@ -34,6 +34,9 @@ func startTimeWait(e *tcp.Endpoint)
 //go:linkname transitionToStateCloseLocked gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).transitionToStateCloseLocked
 func transitionToStateCloseLocked(e *tcp.Endpoint)
 
+//go:linkname setEndpointState gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).setEndpointState
+func setEndpointState(e *tcp.Endpoint, state tcp.EndpointState)
+
 //go:linkname timeWaitTimerExpired gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*Endpoint).timeWaitTimerExpired
 func timeWaitTimerExpired(e *tcp.Endpoint)
 
@@ -60,9 +63,13 @@ func handshakeFailed(e *tcp.Endpoint, err tcpip.Error)
 
 // Where what has no exported name is, by the field's name.
 var (
+	senderType = fieldOf(reflect.TypeFor[tcp.Endpoint](), "snd").Type.Elem()
+
 	senderAt    = offsetOf(reflect.TypeFor[tcp.Endpoint](), "snd", "*tcp.sender")
 	handshakeAt = offsetOf(reflect.TypeFor[tcp.Endpoint](), "h", "*tcp.handshake")
 	sackAt      = offsetOf(reflect.TypeFor[tcp.Endpoint](), "sack", "tcp.SACKInfo")
+	stateAt     = offsetOf(senderType, "TCPSenderState", "tcp.TCPSenderState")
+	finSentAt   = offsetOf(senderType, "finSent", "bool")
 	listenAt    = offsetOf(reflect.TypeFor[tcp.Forwarder](), "listen", "*tcp.listenContext")
 	endpointAt  = offsetOf(fieldOf(reflect.TypeFor[tcp.Endpoint](), "h").Type.Elem(), "ep", "*tcp.Endpoint")
 )
@@ -90,6 +97,18 @@ func at(object unsafe.Pointer, offset uintptr) unsafe.Pointer {
 
 // senderOf returns e's sender, which a connected endpoint has.
 func senderOf(e *tcp.Endpoint) unsafe.Pointer { return at(unsafe.Pointer(e), senderAt) }
+
+// sentOf returns what the sender of e knows of itself.
+func sentOf(e *tcp.Endpoint) *tcp.TCPSenderState {
+	return (*tcp.TCPSenderState)(unsafe.Add(senderOf(e), stateAt))
+}
+
+// finAcked says that the peer of e, which is locked, has our FIN, and so all
+// that was sent.
+func finAcked(e *tcp.Endpoint) bool {
+	sent := sentOf(e)
+	return *(*bool)(unsafe.Add(senderOf(e), finSentAt)) && sent.SndUna == sent.SndNxt
+}
 
 // sackOf returns what has come to e, which is locked, behind a hole.
 func sackOf(e *tcp.Endpoint) []header.SACKBlock {
@@ -151,6 +170,10 @@ func (f *Flow) finish() {
 	f.carried()
 	if err != nil {
 		resetConnectionLocked(e, err)
+	} else if e.EndpointState() == tcp.StateClosing && finAcked(e) {
+		// gVisor ends CLOSING at the segment that acknowledges our FIN, but not
+		// where that one overtook the peer's: nobody sends any more then.
+		setEndpointState(e, tcp.StateTimeWait)
 	}
 	switch state := e.EndpointState(); {
 	case err != nil || state == tcp.StateClose:

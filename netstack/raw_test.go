@@ -3,12 +3,14 @@ package netstack
 import (
 	"encoding/binary"
 	"errors"
+	"io"
 	"net/netip"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 	"gvisor.dev/gvisor/pkg/tcpip/header"
+	"gvisor.dev/gvisor/pkg/tcpip/transport/tcp"
 
 	"github.com/ztun/ztun/tun"
 	"github.com/ztun/ztun/tun/tuntest"
@@ -521,4 +523,62 @@ func TestSYNThatHoldsMuchIsDropped(t *testing.T) {
 	if s := r.stack.Stats(); s.Malformed != 1 || s.Pending != 0 {
 		t.Errorf("malformed %d, pending %d, want 1 and 0", s.Malformed, s.Pending)
 	}
+}
+
+// Where both close at once, the ACK of our FIN may come before the peer's FIN,
+// which knows nothing of ours. Nothing comes after that.
+func TestFINThatItsSuccessorOvertook(t *testing.T) {
+	for name, ends := range map[string][2]netip.AddrPort{"pod": {podPort, service}, "network": {client, netip.AddrPortFrom(pod, 80)}} {
+		t.Run(name, func(t *testing.T) {
+			r := newACKRig(t, ends[0], ends[1])
+			f := r.call.end.(*Flow)
+			r.call.CloseWrite()
+			if b, _ := r.read(); flagsOf(b)&flagFIN == 0 {
+				t.Fatalf("flags %#x, want FIN", flagsOf(b))
+			}
+			r.write(tun.Header{}, segment(r.src, r.dst, flagACK, r.seq+1, r.ack+1, nil))
+			r.sync()
+			r.write(tun.Header{}, segment(r.src, r.dst, flagACK|flagFIN, r.seq, r.ack, nil))
+			r.seq++
+			r.wantACK("of the peer's FIN")
+			if _, err := r.call.Read(make([]byte, 1)); err != io.EOF {
+				t.Errorf("read after the FIN: %v", err)
+			}
+			r.call.Close()
+			eventually(t, "the end", func() bool { return r.stack.Stats().Flows == 0 })
+			state := do(r.stack.Loop(), f.ep.EndpointState)
+			if want := map[string]tcp.EndpointState{"pod": tcp.StateClose, "network": tcp.StateTimeWait}[name]; state != want {
+				t.Errorf("state %v, want %v", state, want)
+			}
+		})
+	}
+}
+
+// A FIN that waits behind data is not acknowledged because all before it is.
+func TestFINBehindDataIsNotOver(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	f := r.call.end.(*Flow)
+	shut := segment(r.src, r.dst, flagACK, r.seq, r.ack, nil)
+	setWindow(shut, 0)
+	r.write(tun.Header{}, shut)
+	r.sync()
+	r.call.Write([]byte("held back"))
+	r.call.CloseWrite()
+	fin := segment(r.src, r.dst, flagACK|flagFIN, r.seq, r.ack, nil)
+	setWindow(fin, 0)
+	r.write(tun.Header{}, fin)
+	r.sync()
+	if state := do(r.stack.Loop(), f.ep.EndpointState); state != tcp.StateClosing {
+		t.Errorf("state %v, want %v", state, tcp.StateClosing)
+	}
+}
+
+// setWindow changes the window that a segment tells.
+func setWindow(b []byte, n uint16) {
+	h := tcpOf(b)
+	p := parsePacket(b, len(b))
+	binary.BigEndian.PutUint16(h[14:], n)
+	binary.BigEndian.PutUint16(h[16:], 0)
+	src, dst := p.tuple.source().Addr(), p.tuple.destination().Addr()
+	binary.BigEndian.PutUint16(h[16:], ^fold(sum(h, pseudo(src, dst, protoTCP, len(h)))))
 }
