@@ -2,6 +2,7 @@ package netstack
 
 import (
 	"reflect"
+	"time"
 	"unsafe" // also for go:linkname
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -70,6 +71,8 @@ var (
 	sackAt      = offsetOf(reflect.TypeFor[tcp.Endpoint](), "sack", "tcp.SACKInfo")
 	stateAt     = offsetOf(senderType, "TCPSenderState", "tcp.TCPSenderState")
 	finSentAt   = offsetOf(senderType, "finSent", "bool")
+	rttAt       = offsetOf(senderType, "rtt", "tcp.rtt") + offsetOf(fieldOf(senderType, "rtt").Type, "TCPRTTState", "tcp.TCPRTTState")
+	repeatedAt  = offsetOf(fieldOf(reflect.TypeFor[tcp.Endpoint](), "h").Type.Elem(), "sampleRTTWithTSOnly", "bool")
 	listenAt    = offsetOf(reflect.TypeFor[tcp.Forwarder](), "listen", "*tcp.listenContext")
 	endpointAt  = offsetOf(fieldOf(reflect.TypeFor[tcp.Endpoint](), "h").Type.Elem(), "ep", "*tcp.Endpoint")
 )
@@ -116,12 +119,28 @@ func sackOf(e *tcp.Endpoint) []header.SACKBlock {
 	return s.Blocks[:s.NumBlocks]
 }
 
-// forgetHandshake frees what an established connection keeps of its
-// handshake: 240 bytes.
+// noSampleRTO is the RTO after a handshake that gave no sample: "If the timer
+// expires awaiting the ACK of a SYN segment [...] the RTO MUST be re-initialized
+// to 3 seconds when data transmission begins" (RFC 6298 section 5.7).
+const noSampleRTO = 3 * time.Second
+
+// forgetHandshake frees what an established connection, which has sent nothing
+// yet, keeps of its handshake: 240 bytes. gVisor repeats a SYN with the timestamp
+// of the first, so that what it takes for the round trip then contains the wait
+// of a second and more, and it forgets that slowly: no sample is better.
 func forgetHandshake(e *tcp.Endpoint) {
 	e.LockUser()
+	defer e.UnlockUser()
+	h := at(unsafe.Pointer(e), handshakeAt)
+	if h == nil {
+		return
+	}
+	if *(*bool)(unsafe.Add(h, repeatedAt)) && isConnected(e.EndpointState()) {
+		*(*tcp.TCPRTTState)(unsafe.Add(senderOf(e), rttAt)) = tcp.TCPRTTState{}
+		sent := sentOf(e)
+		sent.RTTState, sent.RTO = tcp.TCPRTTState{}, noSampleRTO
+	}
 	*(*unsafe.Pointer)(unsafe.Add(unsafe.Pointer(e), handshakeAt)) = nil
-	e.UnlockUser()
 }
 
 // answer sends the SYN-ACK for a SYN and returns the endpoint, which is

@@ -249,6 +249,7 @@ const handshakeTimeout = 4 * time.Second
 
 // enter puts an established flow into the table.
 func (s *Stack) enter(f *Flow) {
+	forgetHandshake(f.ep)
 	f.establish()
 	s.flows[f.key] = f
 	f.queue.EventRegister(&f.entry)
