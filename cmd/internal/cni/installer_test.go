@@ -411,6 +411,11 @@ func TestHeals(t *testing.T) {
 	n.wait("plugin again", func() bool { return is("the plugin") })
 	n.put(plugin, "The plugin") // As long as it was.
 	n.wait("plugin as it was", func() bool { return is("the plugin") })
+	n.wait("readiness", in.Ready)
+	if err := os.Chmod(plugin, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.wait("plugin that can be run", func() bool { info, err := os.Stat(plugin); return err == nil && info.Mode().Perm() == 0o755 })
 
 	n.wait("readiness", in.Ready)
 	n.put("05-b.conflist", stock)
@@ -455,7 +460,11 @@ func TestNotReadyWhileThrottled(t *testing.T) {
 	in := n.installer()
 	stop := n.run(in)
 	n.wait("installation", in.Ready)
-	n.put("10-a.conflist", simple)
+	// At once, as a file that is half written is a reason of its own.
+	n.put(n.cfg.Binary+".new", simple)
+	if err := os.Rename(n.cfg.Binary+".new", filepath.Join(n.cfg.NetDir, "10-a.conflist")); err != nil {
+		t.Fatal(err)
+	}
 	n.wait("not ready", func() bool { return !in.Ready() })
 	stop()
 	if got := n.read("10-a.conflist"); got != simple || in.Counts()[ResultSuccess] != 1 {
@@ -473,6 +482,9 @@ func TestFightIsNoticed(t *testing.T) {
 			t.Fatal(err)
 		}
 		if strings.Contains(n.log.String(), "cni.exclusive=false") {
+			if err := n.look(in); err != nil || in.throttled != 0 {
+				t.Errorf("after the fight: %v, %d installations had to wait in a row", err, in.throttled)
+			}
 			return
 		}
 	}
