@@ -12,9 +12,11 @@
 //  4. once the control plane has told the whole mesh: the agent's socket; each
 //     pod it names becomes a stack and a tunnel.Pod (pods.go)
 //
-// and of a stop: no new pods, no answer to a SYN, old connections until the
-// deadline, then everything in the reverse order (stop.go). Who sent the SYN
-// repeats it until the next proxy answers.
+// and of a stop: no new pods, no answer to a SYN, which waits for the next proxy,
+// old connections until the deadline, then everything in the reverse order
+// (stop.go). A later proxy may have taken the pods over before: this one serves
+// its old connections on, and what it would read of them comes from that one
+// (netstack/handover.go).
 package main
 
 import (

@@ -9,14 +9,16 @@
 // runs, though it never reads, and the proxy gets another: when a proxy dies the
 // next one gets the same open device, and nobody else can slip in between. When
 // the agent starts again while a proxy runs, it cannot open the device (it is
-// busy) and tells the proxy to keep it; when that proxy ends, it can. Without
-// either, nobody has the device open and the pod's TCP goes nowhere.
+// busy) and tells the proxy to keep it, and to send a descriptor of it; where the
+// proxy is not ztun's it can open it when that one ends. Without either, nobody
+// has the device open and the pod's TCP goes nowhere.
 //
 // With each device that it opens the agent opens the pod's ICMP sockets, and
 // hands them to whoever gets that device. They are not worth asking for alone:
 // without them the pod is served as well, but for truthful errors.
 //
-// A device has one reader at a time: zds.Server sees to that.
+// A device has one reader at a time: zds.Server sees to that, and lets a later
+// proxy take it over from an earlier one without a cut.
 //
 // # Usage
 //

@@ -2,9 +2,10 @@
 // which pods there are, and for each the descriptor of its TUN device.
 //
 // It is Istio's ztunnel discovery service: one protobuf message a packet on a
-// unix seqpacket socket, each answered by one Ack. Two things differ. The
-// descriptor is a TUN device, not a network namespace, and AddWorkload says in
-// fields of our own what the proxy needs to know of that device.
+// unix seqpacket socket, each answered by one Ack. Three things differ. The
+// descriptor is a TUN device, not a network namespace, AddWorkload says in
+// fields of our own what the proxy needs to know of that device, and one proxy of
+// ztun takes a pod over from another without a cut (handover.go).
 //
 // Client is the proxy's side, Server the agent's. Neither knows what a TUN
 // device is. Both are safe for concurrent use.
