@@ -39,6 +39,7 @@ func TestCgroupOfEveryLayout(t *testing.T) {
 		{"pod's own cgroup", "0::/kubepods/pod" + uidA + "\n", cgroup{uidDigits, ""}, nil},
 		{"node in a container", "0::/docker/" + idB + "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-pod" + escaped + ".slice/cri-containerd-" + idA + ".scope\n",
 			cgroup{uidDigits, idA}, nil},
+		{"node in a container of CRI-O", "0::/crio-" + idB + ".scope/kubepods/pod" + uidA + "/" + idA + "\n", cgroup{uidDigits, idA}, nil},
 		{"container in a container", "0::/kubepods/pod" + uidA + "/" + idA + "/docker/" + idB + "\n", cgroup{uidDigits, idA}, nil},
 		{"container of docker alone", "0::/docker/" + idA + "\n", cgroup{}, nil},
 		{"pod in a pod", "0::/kubepods/pod" + uidA + "/" + idA + "/kubepods/pod" + uidB + "/" + idB + "\n", cgroup{}, errManyPods},

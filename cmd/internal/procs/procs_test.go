@@ -83,9 +83,16 @@ func TestFindTakesTheOldestProcess(t *testing.T) {
 	wantFound(t, find(t, proc.dir, Target{UID: uidA, Addresses: addrs("10.0.0.1")}), want)
 	// It is the age of a namespace's oldest process that counts, in whichever
 	// order they are seen.
-	proc.add(9, "old", 10, cgroupOf(uidA, idA), nested)
 	want[uidA] = nested
-	wantFound(t, find(t, proc.dir, Target{UID: uidA, Addresses: addrs("10.0.0.1")}), want)
+	for _, old := range []int{8, 9} {
+		for _, pid := range []int{8, 9} {
+			proc.remove(pid)
+		}
+		proc.add(old, "old", 10, cgroupOf(uidA, idA), nested)
+		proc.add(8+9-old, "late", 5000, cgroupOf(uidA, idA), nested)
+		proc.remove(10)
+		wantFound(t, find(t, proc.dir, Target{UID: uidA, Addresses: addrs("10.0.0.1")}), want)
+	}
 }
 
 // A tool of pod A that entered B's namespace does not make it A's, nor does
@@ -166,8 +173,10 @@ func TestProcessesThatEndMeanwhile(t *testing.T) {
 		proc.must(os.Remove(proc.dir + "/" + []string{10: "10", 11: "11", 12: "12"}[pid] + "/" + gone))
 	}
 	proc.add(13, "pause", 5, cgroupOf(uidA, idA), ns)
-	proc.add(14, "long", 5, cgroupOf(uidA, idA)+strings.Repeat("x", maxCgroup), ns)
-	wantFound(t, find(t, proc.dir, Target{UID: uidA, Addresses: addrs("10.0.0.1")}), map[string]*netnstest.NS{uidA: ns})
+	b := podNS(t, "b", "10.0.0.2/24")
+	proc.add(14, "more than can be", 5, cgroupOf(uidB, idB)+strings.Repeat("x", maxCgroup), b)
+	wantFound(t, find(t, proc.dir, Target{UID: uidA, Addresses: addrs("10.0.0.1")}, Target{UID: uidB, Addresses: addrs("10.0.0.2")}),
+		map[string]*netnstest.NS{uidA: ns})
 }
 
 func TestFindNeedsTheHost(t *testing.T) {

@@ -121,7 +121,15 @@ func TestHeldSYNIsAskedAboutOnce(t *testing.T) {
 	if v, _ := tb.decide(&packet{probe, app, flagSYN}, now); v != drop {
 		t.Errorf("repeated: %v", v)
 	}
+	tb.answered(k, true, now)
+	// A new connection on the tuple of a probe has to be one itself.
+	if v, _ := tb.decide(&packet{probe, app, flagSYN}, now); v != ask {
+		t.Errorf("on a probe's tuple: %v", v)
+	}
 	tb.answered(k, false, now)
+	if v, _ := tb.decide(&packet{app, probe, flagSYN | flagACK}, now); v != drop {
+		t.Errorf("the answer to what is no probe: %v", v)
+	}
 	if v, _ := tb.decide(&packet{probe, app, flagSYN}, now); v != ask {
 		t.Errorf("after the answer: %v", v)
 	}
