@@ -427,6 +427,39 @@ func TestForbiddenFromTheStart(t *testing.T) {
 	if v, err := judge(t.Context(), client, "istio-system", "na", true); v != uninstalled || err != nil {
 		t.Errorf("judge, once granted = %v, %v", v, err)
 	}
+	if proxiesGo(t.Context(), client, "istio-system", "na", false) {
+		t.Error("proxies go, says who may not know")
+	}
+}
+
+func TestProxiesGo(t *testing.T) {
+	proxy := corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: "ztunnel-1", Namespace: "istio-system"}}
+	going := *proxy.DeepCopy()
+	going.DeletionTimestamp = &metav1.Time{Time: time.Unix(1, 0)}
+	for _, tt := range []struct {
+		name    string
+		pods    []corev1.Pod
+		failing int
+		want    bool
+	}{
+		{"none", nil, 0, true},
+		{"one stays", []corev1.Pod{proxy}, 0, false},
+		{"one goes", []corev1.Pod{going}, 0, true},
+		{"one goes, the next is there", []corev1.Pod{going, proxy}, 0, false},
+		{"rights are gone", []corev1.Pod{proxy}, 403, true},
+		{"Kubernetes is away", nil, 500, false},
+	} {
+		a := newAPI(t)
+		a.put("/api/v1/namespaces/istio-system/pods", &corev1.PodList{TypeMeta: metav1.TypeMeta{Kind: "PodList", APIVersion: "v1"}, Items: tt.pods})
+		a.fail(tt.failing)
+		client, err := kubernetes.NewForConfig(&rest.Config{Host: a.URL})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := proxiesGo(t.Context(), client, "istio-system", "na", true); got != tt.want {
+			t.Errorf("%s: %v, want %v", tt.name, got, tt.want)
+		}
+	}
 }
 
 func TestCommandRefuses(t *testing.T) {

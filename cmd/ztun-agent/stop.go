@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -11,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
 )
@@ -44,7 +46,7 @@ const (
 func judge(ctx context.Context, client kubernetes.Interface, namespace, nodeName string, granted bool) (verdict, error) {
 	ds, err := client.AppsV1().DaemonSets(namespace).Get(ctx, daemonSet, metav1.GetOptions{})
 	switch {
-	case apierrors.IsNotFound(err), apierrors.IsUnauthorized(err), apierrors.IsForbidden(err) && granted:
+	case apierrors.IsNotFound(err), noRights(err, granted):
 		return uninstalled, nil
 	case err != nil:
 		return replaced, fmt.Errorf("DaemonSet %s/%s: %w", namespace, daemonSet, err)
@@ -52,7 +54,10 @@ func judge(ctx context.Context, client kubernetes.Interface, namespace, nodeName
 		return uninstalled, nil
 	}
 	node, err := client.CoreV1().Nodes().Get(ctx, nodeName, metav1.GetOptions{})
-	if err != nil {
+	switch {
+	case noRights(err, granted):
+		return uninstalled, nil
+	case err != nil:
 		return replaced, fmt.Errorf("node %s: %w", nodeName, err)
 	}
 	fits, err := belongs(ds, node)
@@ -60,6 +65,11 @@ func judge(ctx context.Context, client kubernetes.Interface, namespace, nodeName
 		return leaving, nil
 	}
 	return replaced, err
+}
+
+// noRights says whether the agent's account or its rights are gone.
+func noRights(err error, granted bool) bool {
+	return apierrors.IsUnauthorized(err) || apierrors.IsForbidden(err) && granted
 }
 
 // belongs says whether the DaemonSet has a pod on the node, as far as node
@@ -77,8 +87,11 @@ func (n *node) mayAsk(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	_, err := n.client.AppsV1().DaemonSets(n.cfg.PodNamespace).Get(ctx, daemonSet, metav1.GetOptions{})
+	if err == nil {
+		_, err = n.client.CoreV1().Nodes().Get(ctx, n.cfg.NodeName, metav1.GetOptions{})
+	}
 	if apierrors.IsForbidden(err) {
-		n.log.Warn("the agent may not read its DaemonSet: a stop will never be taken for an uninstallation", "error", err)
+		n.log.Warn("the agent may not read its DaemonSet or its node: a stop will not be taken for an uninstallation", "error", err)
 	}
 	return err == nil
 }
@@ -99,7 +112,7 @@ func (n *node) leave(granted bool, stopKube func()) {
 	}
 	if v == uninstalled {
 		stopKube()
-		n.detachAll()
+		n.detachAll(granted)
 	}
 }
 
@@ -132,11 +145,16 @@ func (n *node) decide(granted bool) verdict {
 	return v
 }
 
-// detachAll takes every pod out of the mesh, once no proxy serves them any
-// more: then everything is being uninstalled, and pods must not be left without
-// a network. While a proxy stays, so do its pods.
-func (n *node) detachAll() {
-	if !wait(proxyTimeout, func() bool { return n.agent.Proxies() == 0 }) {
+// detachAll takes every pod out of the mesh, if the proxies go as well: then
+// everything is being uninstalled, and pods must not be left without a network.
+// While a proxy stays, so do its pods.
+func (n *node) detachAll(granted bool) {
+	gone := func() bool {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		return n.agent.Proxies() == 0 || proxiesGo(ctx, n.client, n.cfg.SystemNamespace, n.cfg.NodeName, granted)
+	}
+	if !wait(proxyTimeout, gone) {
 		n.log.Warn("a proxy still serves this node: its pods stay captured, and new ones start without the mesh")
 		return
 	}
@@ -154,9 +172,20 @@ func (n *node) detachAll() {
 	n.log.Info("pods are out of the mesh", "left", len(n.agent.Status()))
 }
 
+// proxiesGo says whether the node's proxies are told to stop, and no other follows.
+func proxiesGo(ctx context.Context, client kubernetes.Interface, namespace, nodeName string, granted bool) bool {
+	pods, err := client.CoreV1().Pods(namespace).List(ctx, metav1.ListOptions{
+		LabelSelector: "app=ztunnel", FieldSelector: fields.OneTermEqualSelector("spec.nodeName", nodeName).String(),
+	})
+	if err != nil {
+		return noRights(err, granted)
+	}
+	return !slices.ContainsFunc(pods.Items, func(p corev1.Pod) bool { return p.DeletionTimestamp == nil })
+}
+
 // wait polls ok for at most d.
 func wait(d time.Duration, ok func() bool) bool {
-	for end := time.Now().Add(d); !ok(); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(d); !ok(); time.Sleep(200 * time.Millisecond) {
 		if time.Now().After(end) {
 			return false
 		}
