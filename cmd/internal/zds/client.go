@@ -256,6 +256,9 @@ func (c *Client) next(conn *net.UnixConn, buf []byte) ([]byte, []*os.File, error
 	if err := conn.SetReadDeadline(deadline); err != nil {
 		return nil, nil, err
 	}
+	if c.isLeaving() && c.isOpen(conn) {
+		return nil, nil, net.ErrClosed
+	}
 	return receive(conn, buf)
 }
 
@@ -398,7 +401,9 @@ func (c *Client) Leave() {
 	defer c.mu.Unlock()
 	c.leaving = true
 	if c.conn != nil {
-		_ = c.conn.Close() // Only a hello says so.
+		// Only a hello says so. A request that is being obeyed is answered before:
+		// the agent would take back what it asked for.
+		_ = c.conn.SetReadDeadline(time.Unix(1, 0))
 	}
 }
 
@@ -412,6 +417,13 @@ func (c *Client) begun(conn *net.UnixConn) (leaving bool) {
 		c.conn = conn
 	}
 	return c.leaving
+}
+
+// isOpen reports whether the agent thinks of conn that we stay.
+func (c *Client) isOpen(conn *net.UnixConn) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.conn == conn
 }
 
 func (c *Client) isLeaving() bool {

@@ -5,7 +5,6 @@ import (
 	"net"
 	"os"
 	"os/exec"
-	"sync"
 	"testing"
 	"time"
 
@@ -425,13 +424,13 @@ func TestNextAgentGetsTheDevice(t *testing.T) {
 // yielder is a pod that yields and lends.
 type yielder struct {
 	startedPod
-	mu      *sync.Mutex
-	packets **os.File
+	s *yieldStarter
 }
 
 type yieldStarter struct {
 	starter
 	packets *os.File
+	during  func() // A Yield; nil: nothing.
 }
 
 func (s *yieldStarter) Start(w Workload, files Files) (Proxy, error) {
@@ -439,13 +438,16 @@ func (s *yieldStarter) Start(w Workload, files Files) (Proxy, error) {
 	if err != nil {
 		return nil, err
 	}
-	return yielder{p.(startedPod), &s.mu, &s.packets}, nil
+	return yielder{p.(startedPod), s}, nil
 }
 
 func (y yielder) Yield(packets *os.File) error {
-	y.mu.Lock()
-	defer y.mu.Unlock()
-	*y.packets = packets
+	y.s.mu.Lock()
+	defer y.s.mu.Unlock()
+	if y.s.during != nil {
+		y.s.during()
+	}
+	y.s.packets = packets
 	return nil
 }
 
@@ -458,9 +460,9 @@ func (y yielder) Predecessor() *os.File {
 }
 
 func (y yielder) Lend() (Files, bool, error) {
-	y.mu.Lock()
-	defer y.mu.Unlock()
-	if *y.packets != nil {
+	y.s.mu.Lock()
+	defer y.s.mu.Unlock()
+	if y.s.packets != nil {
 		return Files{}, true, nil
 	}
 	f, err := Files{Device: y.files.Device, ICMP: y.files.ICMP}.dup()
@@ -578,6 +580,21 @@ func TestClientYieldsLendsAndLeaves(t *testing.T) {
 	p.wantOK("keep")
 	ct.snapshot(p)
 	ct.wantRunning("while it leaves", "u")
+}
+
+// TestClientAnswersBeforeItLeaves: else the agent would take the yield back.
+func TestClientAnswersBeforeItLeaves(t *testing.T) {
+	ct, s := newYieldTest(t)
+	p, _ := ct.hello()
+	p.request(addOf("u"), device(t))
+	p.wantOK("add")
+	s.during = func() { ct.client.Leave() }
+	p.request(request{kind: kindYield, workload: Workload{UID: "u"}}, device(t))
+	p.wantOK("yield")
+	p.wantClosed("then it leaves")
+	if _, h := ct.hello(); !h.leaving {
+		t.Errorf("hello = %+v", h)
+	}
 }
 
 // TestClientLeavesNothingOfARefusedPod: the agent lets another read the device.
