@@ -13,6 +13,8 @@ type world interface {
 	routes() []string
 	// policed says that policies hold on a route.
 	policed(route int) bool
+	// forgets says that a reset may be lost on a route, and is not sent again.
+	forgets(route int) bool
 	// dial opens a connection along a route. The far end comes to load.serve.
 	dial(route int, k kind) (conn, error)
 	// deny resets the denied connections and lets new ones pass again: told is
@@ -162,7 +164,7 @@ func (l *load) connections(c deal, wg *sync.WaitGroup) {
 // connection plays a connection to its end.
 func (l *load) connection(c deal) {
 	p := newPlay(l.deck.script(c.id, c.kind, l.measure), l.world.routes()[c.route], &l.tally.bytes)
-	p.policed = l.world.policed(c.route)
+	p.policed, p.frail = l.world.policed(c.route), l.world.forgets(c.route)
 	l.mu.Lock()
 	l.plays[c.id] = p
 	l.mu.Unlock()

@@ -19,6 +19,8 @@ type memoryWorld struct {
 	wire   *tuntest.Wire // nil: nothing in between
 	stacks [2]*netstack.Stack
 	ways   []memoryRoute
+
+	harsh bool // the weather; set between loads
 }
 
 type memoryRoute struct {
@@ -102,11 +104,13 @@ func (w *memoryWorld) dial(route int, _ kind) (conn, error) {
 }
 
 func (w *memoryWorld) policed(int) bool         { return false }
+func (w *memoryWorld) forgets(int) bool         { return w.harsh }
 func (w *memoryWorld) deny(func(), func()) bool { return false }
 
 func (w *memoryWorld) set(ab, ba tuntest.Path) {
 	if w.wire != nil {
 		w.wire.Set(ab, ba)
+		w.harsh = isHarsh(ab) || isHarsh(ba)
 	}
 }
 

@@ -29,6 +29,8 @@ type meshWorld struct {
 	ways  []meshRoute
 	from  map[*meshtest.Pod]*sockets
 	dials time.Duration // a dial takes at most
+
+	harsh bool // the weather; set between loads
 }
 
 type meshRoute struct {
@@ -36,6 +38,7 @@ type meshRoute struct {
 	from *meshtest.Pod
 	to   netip.Addr
 	free bool // of policies: the server is not in the mesh
+	bare bool // what crosses the wire is the connection itself, and no tunnel
 }
 
 func newMeshWorld(t *testing.T, o worldOptions) *meshWorld {
@@ -66,8 +69,8 @@ func newMeshWorld(t *testing.T, o worldOptions) *meshWorld {
 		{name: "HBONE over " + over + ", IPv6", from: a, to: b.Addr6},
 		{name: "HBONE back over " + over, from: b, to: a.Addr},
 		{name: "HBONE on one node", from: a, to: a2.Addr},
-		{name: "plaintext out over " + over, from: a, to: out.Addr6, free: true},
-		{name: "plaintext in over " + over, from: out, to: a.Addr},
+		{name: "plaintext out over " + over, from: a, to: out.Addr6, free: true, bare: true},
+		{name: "plaintext in over " + over, from: out, to: a.Addr, bare: true},
 	}
 	return w
 }
@@ -80,6 +83,7 @@ func (w *meshWorld) routes() (names []string) {
 }
 
 func (w *meshWorld) policed(route int) bool { return !w.ways[route].free }
+func (w *meshWorld) forgets(route int) bool { return w.harsh && w.ways[route].bare }
 
 func (w *meshWorld) dial(route int, k kind) (conn, error) {
 	r, port := w.ways[route], uint16(openPort)
@@ -104,6 +108,7 @@ func (w *meshWorld) deny(told, gone func()) bool {
 func (w *meshWorld) set(ab, ba tuntest.Path) {
 	if w.wire != nil {
 		w.wire.Set(ab, ba)
+		w.harsh = isHarsh(ab) || isHarsh(ba)
 	}
 }
 

@@ -110,6 +110,7 @@ func (w *faulty) relay(a, b *net.TCPConn) {
 
 func (w *faulty) routes() []string                   { return []string{"a relay"} }
 func (w *faulty) policed(int) bool                   { return false }
+func (w *faulty) forgets(int) bool                   { return false }
 func (w *faulty) deny(told func(), gone func()) bool { return false }
 func (w *faulty) dial(route int, k kind) (conn, error) {
 	c, err := net.Dial("tcp", w.addr)

@@ -27,6 +27,7 @@ type play struct {
 	bytes   *atomic.Int64 // those of all plays, as they are read
 	begin   time.Time
 	policed bool             // policies hold on the route
+	frail   bool             // a reset may be lost on the route
 	ways    [2]way           // by the side that sends
 	read    [2]chan struct{} // one slot: a side has read more, or the end
 	over    [2]chan struct{} // closed when a side has been reset or has failed
@@ -34,9 +35,10 @@ type play struct {
 	ended   chan struct{}    // closed when both are
 
 	dialled atomic.Bool
-	aborted [2]atomic.Bool // a side has been reset, or has learnt of it
-	cut     atomic.Bool    // a policy forbids it: it must end
-	cutAt   time.Time      // set before cut
+	begun   [2]atomic.Int64 // writes, and the end, that a side has begun
+	aborted [2]atomic.Bool  // a side has been reset, or has learnt of it
+	cut     atomic.Bool     // a policy forbids it: it must end
+	cutAt   time.Time       // set before cut
 
 	// mu guards the fields below.
 	mu     sync.Mutex
@@ -233,6 +235,7 @@ func (p *play) writer(i int, c conn) {
 		return
 	}
 	out.ended.Store(true)
+	p.begun[i].Add(1)
 	if err := c.CloseWrite(); err != nil && !p.aborted[i].Load() && !p.mayEnd() {
 		p.fail("close of the %s: %w", sideName(i), err)
 	}
@@ -242,6 +245,7 @@ func (p *play) send(i int, c conn, w *way, n int64, room []byte) bool {
 	for n > 0 {
 		b := room[:min(n, int64(len(room)))]
 		fill(b, p.script.id, i, w.sent.Load())
+		p.begun[i].Add(1)
 		w.writing.Store(true)
 		m, err := c.Write(b)
 		w.writing.Store(false)

@@ -37,6 +37,8 @@ type pulse struct {
 	still [2]time.Duration // without progress while both ends could
 	wait  time.Duration    // for the dial, or for the end
 	told  bool
+	reset [2]time.Duration // since the side was, on a route that may lose that
+	begun [2]int64         // the other's writes when that could have come
 }
 
 func newWatch(limit, dial time.Duration, found func(*play)) *watch {
@@ -85,8 +87,12 @@ func (w *watch) run() {
 		case <-w.stop:
 			return
 		case now := <-tick.C:
-			for _, p := range w.look(share.count(min(now.Sub(last), lapse))) {
+			stalls, deaf := w.look(share.count(min(now.Sub(last), lapse)))
+			for _, p := range stalls {
 				w.found(p)
+			}
+			for _, p := range deaf {
+				p.kill()
 			}
 			last = now
 			w.lost.Store(int64(share.lost))
@@ -94,18 +100,25 @@ func (w *watch) run() {
 	}
 }
 
-// look takes every pulse and returns the plays that have newly stalled.
-func (w *watch) look(d time.Duration) (stalls []*play) {
+// look takes every pulse and returns the plays that have newly stalled, and
+// those that need not learn that they are over.
+func (w *watch) look(d time.Duration) (stalls, deaf []*play) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for p, b := range w.plays {
-		if why := b.take(p, d, w.limit*p.script.patience(), w.dial); why != "" && !b.told {
+		limit := w.limit * p.script.patience()
+		switch why := b.take(p, d, limit, w.dial); {
+		case b.told:
+		case why != "":
 			b.told = true
 			p.fail("stalled: %s\n%s", why, p.state())
 			stalls = append(stalls, p)
+		case b.isDeaf(limit):
+			b.told = true
+			deaf = append(deaf, p)
 		}
 	}
-	return stalls
+	return stalls, deaf
 }
 
 // take looks at a play after another d, and says what is wrong with it.
@@ -119,7 +132,7 @@ func (b *pulse) take(p *play, d, limit, dial time.Duration) string {
 	for i := range p.ways {
 		w := &p.ways[i]
 		moved := w.got.Load()
-		if moved != b.moved[i] || !p.expects(i) {
+		if moved != b.moved[i] || !p.expects(i) || b.mayMiss(p, i, d, limit) {
 			b.moved[i], b.still[i] = moved, 0
 			continue
 		}
@@ -128,6 +141,29 @@ func (b *pulse) take(p *play, d, limit, dial time.Duration) string {
 		}
 	}
 	return ""
+}
+
+// mayMiss says that side i was reset, which the other side need not learn: a RST
+// that is lost is sent again only in answer to what comes later (RFC 9293 section
+// 3.5.2). What the other sends within half the limit may have come before.
+func (b *pulse) mayMiss(p *play, i int, d, limit time.Duration) bool {
+	if !p.frail || !p.aborted[i].Load() {
+		return false
+	}
+	if b.reset[i] += d; b.reset[i] <= limit/2 {
+		b.begun[i] = p.begun[1-i].Load()
+	}
+	speaks := p.ways[1-i].writing.Load() || p.begun[1-i].Load() > b.begun[i]
+	if speaks {
+		b.reset[i] = limit/2 + 1 // Its silence counts anew.
+	}
+	return !speaks
+}
+
+// isDeaf says that a side has been reset for so long that the other, which
+// sends nothing, will not learn of it.
+func (b *pulse) isDeaf(limit time.Duration) bool {
+	return max(b.reset[0], b.reset[1]) > 2*limit
 }
 
 // expects says that something of what side i sends should reach the other

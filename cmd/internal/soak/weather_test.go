@@ -45,5 +45,8 @@ var weathers = []weather{
 	{"5 % of the other way lost", tuntest.Path{Cut: true}, tuntest.Path{Cut: true, Loss: 0.05}, medium, 16},
 }
 
+// isHarsh says that a packet that is sent once need not come, or in its place.
+func isHarsh(p tuntest.Path) bool { return p.Loss > 0 || p.Reorder > 0 || p.Rate > 0 }
+
 // calm is for worlds without a wire.
 var calm = both("no wire", tuntest.Path{}, heavy, 32)
