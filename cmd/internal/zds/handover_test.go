@@ -588,7 +588,9 @@ func TestClientAnswersBeforeItLeaves(t *testing.T) {
 	p, _ := ct.hello()
 	p.request(addOf("u"), device(t))
 	p.wantOK("add")
+	s.mu.Lock()
 	s.during = func() { ct.client.Leave() }
+	s.mu.Unlock()
 	p.request(request{kind: kindYield, workload: Workload{UID: "u"}}, device(t))
 	p.wantOK("yield")
 	p.wantClosed("then it leaves")
