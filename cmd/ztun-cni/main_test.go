@@ -140,7 +140,7 @@ func TestAddAsksAndPassesTheResultOn(t *testing.T) {
 		t.Errorf("asked (-want +got):\n%s", diff)
 	}
 	// No result yet, and an older runtime without UID.
-	out, fail = plugin(t, "ADD", "K8S_POD_NAMESPACE=demo;K8S_POD_NAME=a-1", stdin(t, a.runDir, ""))
+	out, fail = plugin(t, "ADD", "K8S_POD_NAMESPACE=demo;K8S_POD_NAME=a-1;FUTURE=1", stdin(t, a.runDir, ""))
 	if fail != nil || out != `{"cniVersion":"1.0.0"}` {
 		t.Errorf("ADD without prevResult = %q, %v", out, fail)
 	}
@@ -213,6 +213,7 @@ func TestAddFailsClosed(t *testing.T) {
 		{"no agent any more", podOfDemo, stdin(t, left, prevResult), types.ErrTryAgainLater, "connection refused"},
 		{"agent hangs up", podOfDemo, stdin(t, hangingUp, prevResult), types.ErrTryAgainLater, "has to wait for the node agent"},
 		{"half a pod", "K8S_POD_NAME=a-1", stdin(t, refusing.runDir, prevResult), types.ErrInvalidEnvironmentVariables, "PodNamespace"},
+		{"the other half", "K8S_POD_NAMESPACE=demo", stdin(t, refusing.runDir, prevResult), types.ErrInvalidEnvironmentVariables, "PodName"},
 		{"name with a line feed", "K8S_POD_NAME=a\n1;K8S_POD_NAMESPACE=demo", stdin(t, refusing.runDir, prevResult), types.ErrInvalidEnvironmentVariables, "PodName"},
 		{"malformed arguments", "K8S_POD_NAME", stdin(t, refusing.runDir, prevResult), types.ErrInvalidEnvironmentVariables, "CNI_ARGS"},
 		{"empty stdin", podOfDemo, "", types.ErrDecodingFailure, "unexpected end"},
