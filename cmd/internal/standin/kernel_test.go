@@ -126,11 +126,15 @@ func (c *captured) probe(from netip.Addr, within time.Duration) error {
 	if from.Is6() {
 		to = app6
 	}
-	transport := &http.Transport{DialContext: func(context.Context, string, string) (conn net.Conn, err error) {
-		d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), Timeout: within}
-		c.node.Do(func() { conn, err = d.Dial("tcp", to.String()) })
-		return conn, err
-	}}
+	d := net.Dialer{LocalAddr: net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0)), Timeout: within}
+	var conn net.Conn
+	var err error
+	c.node.Do(func() { conn, err = d.Dial("tcp", to.String()) })
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	transport := &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) { return conn, nil }}
 	defer transport.CloseIdleConnections()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+to.String()+"/healthz", nil)
 	if err != nil {
