@@ -3,7 +3,9 @@
 // life, and keeps the old one while that is valid; a Certificate is an
 // immutable snapshot that makes the TLS configurations to dial and to accept.
 // IstioCA is the CA client. Nothing else gets certificates, and no private key
-// leaves the process or reaches a log.
+// leaves the process or reaches a log. Revocations are the peers' certificates
+// that count no more: handshakes ask them, and whoever owns a live connection asks
+// again, with its Proof, when they change.
 //
 //	ca, err := certs.NewIstioCA(certs.IstioCAConfig{Address: "https://istiod.istio-system.svc:15012", ...})
 //	m := certs.NewManager(certs.Config{CA: ca})
