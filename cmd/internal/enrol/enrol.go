@@ -145,6 +145,7 @@ type Controller struct {
 	cfg        Config
 	log        *slog.Logger
 	informers  []cache.SharedIndexInformer
+	full       []cache.InformerSynced // Whether they have what there is.
 	pods       corelisters.PodLister
 	namespaces corelisters.NamespaceLister
 	services   cache.Indexer
@@ -211,20 +212,18 @@ func (c *Controller) Run(ctx context.Context) error {
 	for _, informer := range c.informers {
 		wg.Go(func() { informer.RunWithContext(c.withLogger(ctx)) })
 	}
-	for _, informer := range c.informers {
-		if !cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
-			return context.Cause(ctx)
-		}
+	if !cache.WaitForCacheSync(ctx.Done(), c.full...) {
+		return context.Cause(ctx)
 	}
 	if err := c.snapshot(ctx); err != nil {
 		// What is missing comes through the queue.
 		c.log.Warn("not every pod of an earlier agent is known again", "error", err)
 	}
 	close(c.synced)
+	c.enqueueAll()
 	for range workers {
 		wg.Go(func() { c.work(ctx) })
 	}
-	c.enqueueAll()
 	<-ctx.Done()
 	return context.Cause(ctx)
 }

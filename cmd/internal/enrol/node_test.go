@@ -482,7 +482,7 @@ func (m *memProcs) Verify(_ context.Context, ns *os.File, t procs.Target) error 
 	m.checks++
 	p := m.pods[t.UID]
 	if have, err := os.Stat(p.netns); m.wrong > 0 || err != nil || !p.holds(t.Addresses) || !sameFile(ns, have) {
-		m.wrong--
+		m.wrong = max(0, m.wrong-1)
 		return fmt.Errorf("%s is not the namespace of pod %s", ns.Name(), t.UID)
 	}
 	return nil

@@ -291,6 +291,23 @@ func TestOneScanServesManyPods(t *testing.T) {
 	}
 }
 
+// TestFoundForNobodyIsLetGo: an open namespace is one that cannot go.
+func TestFoundForNobodyIsLetGo(t *testing.T) {
+	inNode(t, func(n *node) {
+		n.start()
+		n.procs.run(n.T, "x", "cni-x", "10.0.0.9")
+		found, err := n.procs.Find(n.Context(), []procs.Target{{UID: "x", Addresses: addrs("10.0.0.9")}})
+		if err != nil || len(found) != 1 {
+			t.Fatal(found, err)
+		}
+		n.c.locator.mu.Lock()
+		n.c.locator.found = found
+		n.c.locator.mu.Unlock()
+		n.apply(pod("b", "u"))
+		n.procs.wantClosed(n.T)
+	}, namespace("demo"))
+}
+
 func TestWantedAgainWhileLeaving(t *testing.T) {
 	inNode(t, func(n *node) {
 		n.procs.run(n.T, "u", "cni-1", "10.0.0.2")

@@ -88,16 +88,30 @@ func TestDescriptorOfAnEarlierAgentIsNotTrusted(t *testing.T) {
 // TestSandboxMadeAgainWhileAway: the mount that was the pod's is not what its
 // processes are in.
 func TestSandboxMadeAgainWhileAway(t *testing.T) {
-	inNode(t, func(n *node) {
-		n.agent.pods["u"] = status(pod("a", "u", "10.0.0.2"), "/host/var/run/netns/cni-1")
-		n.procs.wrong = 1 // Also the first look is at something that goes away.
-		path := n.procs.run(n.T, "u", "cni-2", "10.0.0.9")
-		n.start()
-		n.pass(retried)
-		if got := n.agent.pod("u"); got.Netns != path || got.Addresses[0].String() != "10.0.0.9" {
-			t.Errorf("the agent was told of %+v", got)
-		}
-	}, namespace("demo", ambient...), enabled(pod("a", "u", "10.0.0.9")))
+	for _, seen := range []bool{true, false} {
+		inNode(t, func(n *node) {
+			n.agent.pods["u"] = status(pod("a", "u", "10.0.0.2"), "/host/var/run/netns/cni-1")
+			if seen {
+				n.procs.run(n.T, "u", "cni-gone", "10.0.0.9")
+				n.procs.wrong = 1 << 20 // They end before their namespace is used.
+			}
+			n.onSynced = func() {
+				if got := n.agent.pod("u").Netns; got != notFound {
+					t.Errorf("seen %v: with other addresses the agent has namespace %q", seen, got)
+				}
+			}
+			n.start()
+			want := n.procs.run(n.T, "u", "cni-2", "10.0.0.9")
+			n.procs.mu.Lock()
+			n.procs.wrong = 0
+			n.procs.mu.Unlock()
+			n.apply(labelled(enabled(pod("a", "u", "10.0.0.9")), "x", "y"))
+			n.pass(retried)
+			if got := n.agent.pod("u"); got.Netns != want || got.Addresses[0].String() != "10.0.0.9" {
+				t.Errorf("seen %v: the agent was told of %+v", seen, got)
+			}
+		}, namespace("demo", ambient...), enabled(pod("a", "u", "10.0.0.9")))
+	}
 }
 
 // TestAnnotatedPodWithoutStateIsCleaned: its label went while no agent ran, and
@@ -115,6 +129,18 @@ func TestAnnotatedPodWithoutStateIsCleaned(t *testing.T) {
 		p.Spec.HostNetwork = true
 		return p
 	}())
+}
+
+// TestForgetThatFailsAtStart: no event will ever tell of such a pod again.
+func TestForgetThatFailsAtStart(t *testing.T) {
+	inNode(t, func(n *node) {
+		n.agent.pods["gone"] = status(pod("gone", "gone", "10.0.0.3"), "/host/var/run/netns/cni-gone")
+		n.agent.failForget = 1
+		n.start()
+		n.pass(retried)
+		n.wantCalls("forget gone", "forget gone")
+		n.wantKnown()
+	}, namespace("demo", ambient...))
 }
 
 func TestScanErrorIsOnlyAWarning(t *testing.T) {

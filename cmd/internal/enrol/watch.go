@@ -48,9 +48,12 @@ func (c *Controller) watch() error {
 		namespaces: cache.ResourceEventHandlerFuncs{AddFunc: c.namespaceAdded, UpdateFunc: c.namespaceUpdated},
 		services:   cache.ResourceEventHandlerFuncs{AddFunc: c.serviceChanged, UpdateFunc: c.serviceUpdated, DeleteFunc: c.serviceChanged},
 	} {
-		if _, err := informer.AddEventHandler(handler); err != nil {
+		registered, err := informer.AddEventHandler(handler)
+		if err != nil {
 			return fmt.Errorf("enrol: informer: %w", err)
 		}
+		// Not only are the caches full then: what is in them is in the queue.
+		c.full = append(c.full, registered.HasSynced)
 	}
 	return nil
 }
