@@ -13,7 +13,8 @@ import (
 )
 
 // kubeletNames are those of programs that are, or have within them, a kubelet.
-var kubeletNames = []string{"kubelet", "kubelite", "k3s"}
+// k3s starts itself again under the last two.
+var kubeletNames = []string{"kubelet", "kubelite", "k3s", "k3s-server", "k3s-agent"}
 
 // rescanAfter is how old the list of kubelets may be when a socket is none of
 // theirs: one may have been started since.
