@@ -113,6 +113,18 @@ func finAcked(e *tcp.Endpoint) bool {
 	return *(*bool)(unsafe.Add(senderOf(e), finSentAt)) && sent.SndUna == sent.SndNxt
 }
 
+// mendWindow keeps all that e, which is locked, has sent within the window that
+// it knows. gVisor takes the window of an old ACK that was overtaken; where that
+// is less than a segment it sends nothing at the next timeout, and sets no timer.
+// "The sender MAY also retransmit old data beyond SND.UNA+SND.WND" (RFC 9293
+// section 3.8.6). A window of 0 is probed.
+func mendWindow(e *tcp.Endpoint) {
+	sent := sentOf(e)
+	if flying := sent.SndUna.Size(sent.SndNxt); sent.SndWnd > 0 && sent.SndWnd < flying && int(sent.SndWnd) < sent.MaxPayloadSize {
+		sent.SndWnd = flying
+	}
+}
+
 // sackOf returns what has come to e, which is locked, behind a hole.
 func sackOf(e *tcp.Endpoint) []header.SACKBlock {
 	s := (*tcp.SACKInfo)(unsafe.Add(unsafe.Pointer(e), sackAt))
@@ -187,6 +199,9 @@ func (f *Flow) finish() {
 	err := handleSegmentsLocked(e)
 	f.stack.link.handling.Store(nil)
 	f.carried()
+	if err == nil {
+		mendWindow(e)
+	}
 	if err != nil {
 		resetConnectionLocked(e, err)
 	} else if e.EndpointState() == tcp.StateClosing && finAcked(e) {

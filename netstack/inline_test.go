@@ -33,12 +33,13 @@ var mirrored = []struct{ file, name, hash string }{
 	{"connect.go", "drainClosingSegmentQueue", "07ecfa78958cce00"},
 	{"connect.go", "timeWaitTimerExpired", "c8b87d26003a9e3d"},
 	{"connect.go", "transitionToStateCloseLocked", "dd7411c5c9a2b641"},
-	// What untold, finAcked and forgetHandshake mend.
+	// What untold, finAcked, forgetHandshake and mendWindow mend.
 	{"connect.go", "sendRaw", "81b74a6d3decd251"},
 	{"rcv.go", "consumeSegment", "fdd9dbc3a0d324cb"},
 	{"endpoint.go", "setEndpointState", "145123600fbb6588"},
 	{"connect.go", "retransmitHandlerLocked", "a6a2d335e65cb8c0"},
 	{"connect.go", "transitionToStateEstablishedLocked", "9a6cdc9bc1985ee7"},
+	{"snd.go", "maybeSendSegment", "a857ec6bda7907ca"},
 	{"snd.go", "updateRTO", "5580931144707fc9"},
 	{"snd.go", "sendAck", "b336af7a816602c9"},
 	{"rcv.go", "getSendParams", "6550bd3a146163e6"},
