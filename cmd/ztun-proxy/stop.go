@@ -12,6 +12,7 @@ import (
 
 	"github.com/ztun/ztun/cmd/internal/admin"
 	"github.com/ztun/ztun/cmd/internal/telemetry"
+	"github.com/ztun/ztun/tunnel/certs"
 )
 
 // serve runs what build made, until a signal or the admin server ends it.
@@ -110,8 +111,13 @@ func (p *proxy) listen(ctx context.Context, out *telemetry.Writer) (wait func(),
 	}, nil
 }
 
+// certificateWait bounds the wait for the pods' certificates before the agent
+// hears of us: as long as a connection would wait for its own.
+const certificateWait = 5 * time.Second
+
 // talkToAgent begins only when the whole mesh is known: a pod that is served
-// before would have its connections refused.
+// before would have its connections refused. The certificates are waited for too:
+// the proxy that served the pods until now has them.
 func (p *proxy) talkToAgent(ctx context.Context, done chan<- struct{}) {
 	defer close(done)
 	select {
@@ -120,7 +126,22 @@ func (p *proxy) talkToAgent(ctx context.Context, done chan<- struct{}) {
 		return
 	}
 	p.ready.Set(taskState, true)
+	p.awaitCertificates(ctx)
 	_ = p.agent.Run(ctx)
+}
+
+// awaitCertificates returns when every identity of the node has a certificate,
+// or the CA has failed to make one, but soon.
+func (p *proxy) awaitCertificates(ctx context.Context) {
+	if p.cfg.Node.Name == "" {
+		return // Every workload of the mesh counts as local.
+	}
+	ctx, cancel := context.WithTimeout(ctx, certificateWait)
+	defer cancel()
+	for _, id := range p.store.Snapshot().LocalIdentities() {
+		// Whoever needs it is told the error.
+		_, _ = p.certs.Get(ctx, id, certs.Warmup)
+	}
 }
 
 // end tells of a service that ended by itself.
