@@ -7,6 +7,7 @@ package chart
 import (
 	"fmt"
 	"slices"
+	"strings"
 
 	"helm.sh/helm/v4/pkg/chart/common"
 	"helm.sh/helm/v4/pkg/chart/common/util"
@@ -35,6 +36,34 @@ type Manifest struct {
 // Manifests renders the chart in directory dir, in the order in which Helm
 // creates the objects.
 func Manifests(dir string, o Options) ([]Manifest, error) {
+	files, err := render(dir, o)
+	if err != nil {
+		return nil, err
+	}
+	for name := range files {
+		if strings.HasSuffix(name, notes) {
+			delete(files, name)
+		}
+	}
+	_, sorted, err := releaseutil.SortManifests(files, nil, releaseutil.InstallOrder)
+	if err != nil {
+		return nil, fmt.Errorf("chart: %w", err)
+	}
+	var out []Manifest
+	for _, m := range sorted {
+		if m.Head.Metadata == nil {
+			return nil, fmt.Errorf("chart: %s: an object without metadata", m.Name)
+		}
+		out = append(out, Manifest{Kind: m.Head.Kind, Name: m.Head.Metadata.Name, YAML: m.Content})
+	}
+	return out, nil
+}
+
+// notes is what Helm prints after an installation, and no object.
+const notes = "templates/NOTES.txt"
+
+// render makes every template's text, by path.
+func render(dir string, o Options) (map[string]string, error) {
 	fill(&o.Release, "ztun")
 	fill(&o.Namespace, "istio-system")
 	fill(&o.Kube, "v1.36.3")
@@ -57,23 +86,7 @@ func Manifests(dir string, o Options) ([]Manifest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("chart: %w", err)
 	}
-	for name := range files {
-		if isNotes(name) {
-			delete(files, name)
-		}
-	}
-	_, sorted, err := releaseutil.SortManifests(files, nil, releaseutil.InstallOrder)
-	if err != nil {
-		return nil, fmt.Errorf("chart: %w", err)
-	}
-	var out []Manifest
-	for _, m := range sorted {
-		if m.Head.Metadata == nil {
-			return nil, fmt.Errorf("chart: %s: an object without metadata", m.Name)
-		}
-		out = append(out, Manifest{Kind: m.Head.Kind, Name: m.Head.Metadata.Name, YAML: m.Content})
-	}
-	return out, nil
+	return files, nil
 }
 
 // Render is Manifests as objects.
@@ -102,9 +115,4 @@ func fill(field *string, value string) {
 	if *field == "" {
 		*field = value
 	}
-}
-
-func isNotes(name string) bool {
-	const notes = "NOTES.txt"
-	return len(name) >= len(notes) && name[len(name)-len(notes):] == notes
 }

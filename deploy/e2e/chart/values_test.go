@@ -442,6 +442,37 @@ func contains(labels, selector map[string]string) bool {
 	return len(selector) > 0
 }
 
+// What Helm prints says what is left to do.
+func TestNotes(t *testing.T) {
+	text := func(o Options) string {
+		files, err := render(dir, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return files["ztun/"+notes]
+	}
+	const trust, privileged, hostPID = "trustedZtunnelNamespace=", "The agent is privileged", "cni.hostPID"
+	plain := text(with(nil))
+	for _, want := range []string{"ztun v1.0.0:", "    istio-system/ztunnel\n", "rollout status daemonset/istio-cni-node daemonset/ztunnel"} {
+		if !strings.Contains(plain, want) {
+			t.Errorf("no %q in\n%s", want, plain)
+		}
+	}
+	for _, other := range []string{trust, privileged, hostPID} {
+		if strings.Contains(plain, other) {
+			t.Errorf("%q in\n%s", other, plain)
+		}
+	}
+	o := cases["privileged"]
+	o.Namespace = "mesh"
+	special := text(o)
+	for _, want := range []string{trust + "mesh and trustedZtunnelName=ztunnel", privileged, hostPID} {
+		if !strings.Contains(special, want) {
+			t.Errorf("no %q in\n%s", want, special)
+		}
+	}
+}
+
 // The two scopes are the whole.
 func TestResourceScope(t *testing.T) {
 	ids := func(scope string) (out []string) {
