@@ -44,6 +44,9 @@ func timeWaitTimerExpired(e *tcp.Endpoint)
 //go:linkname sendAck gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*sender).sendAck
 func sendAck(unsafe.Pointer)
 
+//go:linkname sendData gvisor.dev/gvisor/pkg/tcpip/transport/tcp.(*sender).sendData
+func sendData(unsafe.Pointer)
+
 //go:linkname newIncomingSegment gvisor.dev/gvisor/pkg/tcpip/transport/tcp.newIncomingSegment
 func newIncomingSegment(id stack.TransportEndpointID, clock tcpip.Clock, pkt *stack.PacketBuffer) (unsafe.Pointer, error)
 
@@ -115,13 +118,16 @@ func finAcked(e *tcp.Endpoint) bool {
 
 // mendWindow keeps all that e, which is locked, has sent within the window that
 // it knows. gVisor takes the window of an old ACK that was overtaken; where that
-// is less than a segment it sends nothing at the next timeout, and sets no timer.
+// is less than a segment it sends nothing, now or at a timeout, and sets no timer.
 // "The sender MAY also retransmit old data beyond SND.UNA+SND.WND" (RFC 9293
 // section 3.8.6). A window of 0 is probed.
 func mendWindow(e *tcp.Endpoint) {
 	sent := sentOf(e)
 	if flying := sent.SndUna.Size(sent.SndNxt); sent.SndWnd > 0 && sent.SndWnd < flying && int(sent.SndWnd) < sent.MaxPayloadSize {
 		sent.SndWnd = flying
+		if !sent.FastRecovery.Active {
+			sendData(senderOf(e))
+		}
 	}
 }
 

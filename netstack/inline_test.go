@@ -39,6 +39,7 @@ var mirrored = []struct{ file, name, hash string }{
 	{"endpoint.go", "setEndpointState", "145123600fbb6588"},
 	{"connect.go", "retransmitHandlerLocked", "a6a2d335e65cb8c0"},
 	{"connect.go", "transitionToStateEstablishedLocked", "9a6cdc9bc1985ee7"},
+	{"snd.go", "sendData", "7f91df80c4f6bc73"},
 	{"snd.go", "maybeSendSegment", "a857ec6bda7907ca"},
 	{"snd.go", "updateRTO", "5580931144707fc9"},
 	{"snd.go", "sendAck", "b336af7a816602c9"},

@@ -599,3 +599,26 @@ func TestOldWindowKeepsNothingBack(t *testing.T) {
 		}
 	}
 }
+
+// Nor does it where a window of 0 was probed.
+func TestOldWindowAfterAProbeKeepsNothingBack(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	r.call.Write(make([]byte, 1000))
+	b, _ := r.read()
+	first := seqOf(b)
+	window := func(n uint16) {
+		b := segment(r.src, r.dst, flagACK, r.seq, r.ack, nil)
+		setWindow(b, n)
+		r.write(tun.Header{}, b)
+	}
+	window(0)
+	for {
+		if b, _ := r.read(); seqOf(b) == first-1 {
+			break // the probe
+		}
+	}
+	window(100)
+	if b, _ := r.read(); seqOf(b) != first {
+		t.Fatalf("sequence number %d, want %d again", seqOf(b), first)
+	}
+}
