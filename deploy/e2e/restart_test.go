@@ -10,9 +10,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/ztun/ztun/deploy/e2e/cluster"
 	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -30,33 +32,46 @@ func roll(ctx context.Context, t *testing.T, name string) {
 	}
 }
 
-// banish keeps a DaemonSet's pods off every node, and returns how to bring them back.
-func banish(ctx context.Context, t *testing.T, name, selector string) (back func()) {
+// banish ends a DaemonSet's pods, while it still wants one on each node: the
+// new ones have an image that no node has. It returns how to bring them back.
+func banish(ctx context.Context, t *testing.T, name, selector, container string) (back func()) {
 	t.Helper()
-	set := func(where string) {
-		patch := fmt.Sprintf(`{"spec": {"template": {"spec": {"nodeSelector": {"e2e/nowhere": %s}}}}}`, where)
-		if _, err := world.AppsV1().DaemonSets(system).Patch(context.Background(), name, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+	set := func(ctx context.Context, image string) {
+		patch := fmt.Sprintf(`{"spec": {"template": {"spec": {"containers": [{"name": %q, "image": %q}]}}}}`, container, image)
+		if _, err := world.AppsV1().DaemonSets(system).Patch(ctx, name, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
 			t.Error(err)
 		}
 	}
-	set(`"true"`)
-	for {
-		pods, err := world.CoreV1().Pods(system).List(ctx, metav1.ListOptions{LabelSelector: selector})
+	pods := world.CoreV1().Pods(system)
+	set(ctx, "e2e.test/none:1")
+	if err := pods.DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{LabelSelector: selector}); err != nil {
+		t.Fatal(err)
+	}
+	p := &place{t: t, ctx: ctx}
+	p.wait("no pod of "+name+" to run", func() error {
+		list, err := pods.List(ctx, metav1.ListOptions{LabelSelector: selector})
 		if err != nil {
-			t.Fatal(err)
+			return err
 		}
-		if len(pods.Items) == 0 {
-			break
+		for _, pod := range list.Items {
+			for _, s := range pod.Status.ContainerStatuses {
+				if s.State.Running != nil {
+					return fmt.Errorf("%s runs", pod.Name)
+				}
+			}
 		}
-		time.Sleep(100 * time.Millisecond)
-	}
-	return func() {
+		return nil
+	})
+	return sync.OnceFunc(func() {
 		t.Helper()
-		set("null")
-		if err := world.Rolled(context.Background(), system, name); err != nil {
+		// The case may have ended meanwhile, the cluster goes on.
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		set(ctx, cluster.ZtunImage)
+		if err := world.Rolled(ctx, system, name); err != nil {
 			t.Error(err)
 		}
-	}
+	})
 }
 
 // load is the constant traffic of a case: new connections, kept ones, and one that lives all the time.
@@ -128,7 +143,8 @@ func TestAgentMissing(t *testing.T) {
 	p := newPlace(ctx, t, ambient)
 	p.run(pod{name: "old", node: "node2"})
 	p.enrolled("old")
-	back := banish(ctx, t, agentName, "k8s-app=istio-cni-node")
+	back := banish(ctx, t, agentName, "k8s-app=istio-cni-node", "install-cni")
+	t.Cleanup(back)
 	p.start(pod{name: "new", node: "node1"})
 	p.wait("the kubelet to be refused", func() error {
 		events, err := world.CoreV1().Events(p.name).List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.name=new,reason=FailedCreatePodSandBox"})
