@@ -16,7 +16,7 @@ import (
 // decider is a controller whose caches hold these objects.
 func decider(t testing.TB, cfg Config, objects ...any) *Controller {
 	t.Helper()
-	cfg.Client, cfg.Agent, cfg.Finder, cfg.NodeName = fake.NewClientset(), &memAgent{}, &memProcs{}, "n1"
+	cfg.Client, cfg.Agent, cfg.Finder, cfg.NodeName = fake.NewClientset(), newMemAgent(), &memProcs{pods: map[string]memPod{}}, "n1"
 	c, err := New(cfg)
 	if err != nil {
 		t.Fatal(err)

@@ -50,7 +50,7 @@ func inNode(t *testing.T, test func(n *node), objects ...runtime.Object) {
 	synctest.Test(t, func(t *testing.T) {
 		n := &node{
 			T: t, client: fake.NewClientset(objects...), stop: func() {},
-			agent: &memAgent{pods: map[string]*agent.Status{}, proxy: true, changed: make(chan struct{})},
+			agent: newMemAgent(),
 			procs: &memProcs{dir: dir, pods: map[string]memPod{}},
 		}
 		n.cfg = Config{
@@ -292,6 +292,10 @@ type memAgent struct {
 	changed chan struct{}
 	// What goes wrong next, once each time.
 	refuse, failDelete, failForget int
+}
+
+func newMemAgent() *memAgent {
+	return &memAgent{pods: map[string]*agent.Status{}, proxy: true, changed: make(chan struct{})}
 }
 
 func (a *memAgent) note(format string, args ...any) {

@@ -9,7 +9,10 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/ztun/ztun/cmd/internal/procs"
 )
@@ -177,6 +180,23 @@ func TestAnnotationIsTriedAgain(t *testing.T) {
 		n.pass(retried)
 		n.wantMark("a", "-")
 		n.wantKnown()
+	}, namespace("demo", ambient...), pod("a", "u", "10.0.0.2"))
+}
+
+// TestAnnotationOfPodThatIsGone: the informer does not know yet.
+func TestAnnotationOfPodThatIsGone(t *testing.T) {
+	inNode(t, func(n *node) {
+		n.procs.run(n.T, "u", "cni-1", "10.0.0.2")
+		n.start()
+		before := len(n.patches())
+		n.client.PrependReactor("patch", "pods", func(clienttesting.Action) (bool, runtime.Object, error) {
+			return true, nil, apierrors.NewNotFound(corev1.Resource("pods"), "a")
+		})
+		n.namespace("demo")
+		n.pass(retried)
+		if got := n.patches()[before:]; len(got) != 1 {
+			t.Errorf("patches: %q, want one try", got)
+		}
 	}, namespace("demo", ambient...), pod("a", "u", "10.0.0.2"))
 }
 

@@ -131,6 +131,20 @@ func TestAnnotatedPodWithoutStateIsCleaned(t *testing.T) {
 	}())
 }
 
+// TestSnapshotSetsNoPodThatIsNotWanted: its label went while no agent ran.
+func TestSnapshotSetsNoPodThatIsNotWanted(t *testing.T) {
+	c := decider(t, Config{}, namespace("demo"), enabled(pod("a", "u", "10.0.0.2")))
+	m := c.cfg.Finder.(*memProcs)
+	m.dir = t.TempDir()
+	m.run(t, "u", "cni-1", "10.0.0.2")
+	if err := c.snapshot(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if calls := c.cfg.Agent.(*memAgent).take(); len(calls) != 0 {
+		t.Errorf("calls of the agent: %q", calls)
+	}
+}
+
 // TestForgetThatFailsAtStart: no event will ever tell of such a pod again.
 func TestForgetThatFailsAtStart(t *testing.T) {
 	inNode(t, func(n *node) {
