@@ -308,6 +308,25 @@ func TestHandOnNeverWaits(t *testing.T) {
 	}
 }
 
+// TestWhatCameBetweenTheTwoIsHandled and not dropped.
+func TestWhatCameBetweenTheTwoIsHandled(t *testing.T) {
+	r := newRawRig(t, StackConfig{})
+	yields, takes := packetPair(t, unix.SOCK_SEQPACKET)
+	if err := r.stack.Yield(yields); err != nil {
+		t.Fatal(err)
+	}
+	r.write(tun.Header{}, segment(podPort, service, flagACK, 1000, 2000, nil))
+	_, err := r.stack.reader.engine.Add(sameDevice(t, r.stack.dev), StackConfig{
+		Name: "test/pod", Addrs: r.stack.cfg.Addrs, Predecessor: takes,
+	}, (&hooks{t: t}).serve)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, _ := r.read(); flagsOf(b)&flagRST == 0 {
+		t.Errorf("flags %#x, want a RST", flagsOf(b))
+	}
+}
+
 func TestYieldRefuses(t *testing.T) {
 	r := newRawRig(t, StackConfig{})
 	yields, _ := packetPair(t, unix.SOCK_DGRAM)
@@ -383,6 +402,7 @@ func TestBypassedFlowOfThePredecessor(t *testing.T) {
 			t.Errorf("came out as % x, went in as % x", got, b)
 		}
 	}
+	do(s.Loop(), func() int { return 0 })
 	if got := s.Stats().Forwarded; got != 0 {
 		t.Errorf("the successor forwarded %d itself, of which it knows nothing", got)
 	}

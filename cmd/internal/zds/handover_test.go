@@ -164,6 +164,11 @@ func TestHandoverNeedsBothSides(t *testing.T) {
 	} else if r, _ := decodeRequest(msg); r.kind != kindSnapshotSent {
 		t.Fatalf("got %v", r.kind)
 	}
+	st.server.mu.Lock()
+	if heir := st.server.heirLocked(st.server.pods["u"]); heir != nil {
+		t.Errorf("heir before its snapshot: %+v", heir.proc.hello)
+	}
+	st.server.mu.Unlock()
 	if pods := st.server.State("u"); pods.Reader != a.proc.Process.Pid {
 		t.Errorf("state = %+v", pods)
 	}
