@@ -22,6 +22,7 @@ import (
 	"github.com/ztun/ztun/cmd/internal/cni/wire"
 	"github.com/ztun/ztun/cmd/internal/config"
 	"github.com/ztun/ztun/cmd/internal/enrol"
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"github.com/ztun/ztun/cmd/internal/owner"
 	"github.com/ztun/ztun/cmd/internal/procs"
 	"github.com/ztun/ztun/cmd/internal/standin"
@@ -90,7 +91,7 @@ func (n *node) build() (err error) {
 	if n.host, err = needs(cfg, tunNode); err != nil {
 		return err
 	}
-	selectors, err := enrol.ParseSelectors(cfg.Selectors)
+	selectors, err := marks.ParseSelectors(cfg.Selectors)
 	if err != nil {
 		return fmt.Errorf("config: AMBIENT_ENABLEMENT_SELECTOR: %w", err)
 	}

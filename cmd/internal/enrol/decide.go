@@ -2,11 +2,12 @@ package enrol
 
 import (
 	"fmt"
-	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 )
 
 const (
@@ -37,7 +38,7 @@ func (c *Controller) wants(pod *corev1.Pod) (bool, error) {
 
 func (c *Controller) selected(pod *corev1.Pod, ns *corev1.Namespace) bool {
 	for _, s := range c.cfg.Selectors {
-		if s.matches(pod.Labels, ns.Labels) {
+		if s.Matches(pod.Labels, ns.Labels) {
 			return true
 		}
 	}
@@ -51,16 +52,7 @@ func (c *Controller) isProxy(pod *corev1.Pod) bool {
 
 // skips says whether an object opts out. A value that is no boolean does not.
 func skips(o *metav1.ObjectMeta) bool {
-	return boolean(o.Labels[skipMark], false) || boolean(o.Annotations[skipMark], false)
-}
-
-// boolean reads s as Istio does: what cannot be read is otherwise.
-func boolean(s string, otherwise bool) bool {
-	v, err := strconv.ParseBool(s)
-	if err != nil {
-		return otherwise
-	}
-	return v
+	return marks.Bool(o.Labels[skipMark], false) || marks.Bool(o.Annotations[skipMark], false)
 }
 
 // skippedByService says whether a Service that opts out selects the pod.

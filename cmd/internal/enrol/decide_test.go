@@ -1,16 +1,14 @@
 package enrol
 
 import (
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"slices"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/kubernetes/fake"
-
-	"github.com/ztun/ztun/tun/podnet"
 )
 
 // decider is a controller whose caches hold these objects.
@@ -68,13 +66,13 @@ func TestWants(t *testing.T) {
 		{"pod label", labelled(app(), ambient...), []any{namespace("demo")}, true},
 		{"both", labelled(app(), ambient...), []any{inMesh}, true},
 		{"neither", app(), []any{namespace("demo")}, false},
-		{"another value on the namespace", app(), []any{namespace("demo", modeLabel, "sidecar")}, false},
-		{"another value on the pod", labelled(app(), modeLabel, "sidecar"), []any{inMesh}, true},
+		{"another value on the namespace", app(), []any{namespace("demo", marks.ModeLabel, "sidecar")}, false},
+		{"another value on the pod", labelled(app(), marks.ModeLabel, "sidecar"), []any{inMesh}, true},
 		{"revision and injection play no part", app(), []any{namespace("demo", "istio.io/rev", "x", "istio-injection", "enabled")}, false},
 		{"sidecar", annotated(app(), sidecarStatus, "{}"), []any{inMesh}, false},
 		{"sidecar without a value", annotated(app(), sidecarStatus, ""), []any{inMesh}, false},
 		{"sidecar, pod label", annotated(labelled(app(), ambient...), sidecarStatus, "{}"), []any{inMesh}, false},
-		{"none", labelled(app(), modeLabel, "none"), []any{inMesh}, false},
+		{"none", labelled(app(), marks.ModeLabel, "none"), []any{inMesh}, false},
 		{"hostNetwork", hostNetwork(app()), []any{inMesh}, false},
 		{"hostNetwork, pod label", hostNetwork(labelled(app(), ambient...)), []any{inMesh}, false},
 		{"excluded", in("kube-system", app()), []any{namespace("kube-system", ambient...)}, false},
@@ -82,7 +80,7 @@ func TestWants(t *testing.T) {
 		{"proxy", in("istio-system", labelled(app(), "app", "ztunnel")), []any{namespace("istio-system", ambient...)}, false},
 		{"beside the proxy", in("istio-system", app()), []any{namespace("istio-system", ambient...)}, true},
 		{"called as the proxy is", labelled(app(), "app", "ztunnel"), []any{inMesh}, true},
-		{"pod skips by label", labelled(app(), skipMark, "true", modeLabel, "ambient"), []any{inMesh}, false},
+		{"pod skips by label", labelled(app(), skipMark, "true", marks.ModeLabel, "ambient"), []any{inMesh}, false},
 		{"pod skips by annotation", annotated(app(), skipMark, "True"), []any{inMesh}, false},
 		{"pod does not skip", labelled(app(), skipMark, "false"), []any{inMesh}, true},
 		{"pod skips, it seems", annotated(app(), skipMark, "yes"), []any{inMesh}, true},
@@ -101,7 +99,7 @@ func TestWants(t *testing.T) {
 		{"service that does not skip", app(), []any{inMesh, skippingService(func(s *corev1.Service) { s.Labels = nil })}, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			c := decider(t, Config{ExcludeNamespaces: ParseNamespaces("kube-system, istio-cni")}, tt.with...)
+			c := decider(t, Config{ExcludeNamespaces: []string{"kube-system", "istio-cni"}}, tt.with...)
 			got, err := c.wants(tt.pod)
 			if err != nil || got != tt.want {
 				t.Errorf("wants = %v, %v, want %v", got, err, tt.want)
@@ -113,65 +111,6 @@ func TestWants(t *testing.T) {
 			t.Errorf("wants = %v, %v, want an error that names the pod", got, err)
 		}
 	})
-}
-
-func TestParseSelectors(t *testing.T) {
-	plain, labelledNS := namespace("x"), namespace("x", "mesh", "yes")
-	for _, tt := range []struct {
-		name, text string
-		err        string
-		// Whether a pod with label a=1 is taken in a plain namespace, one labelled mesh=yes, and there a pod without.
-		want [3]bool
-	}{
-		{name: "empty list", text: "[]"},
-		{name: "namespace only", text: "- namespaceSelector: {matchLabels: {mesh: 'yes'}}", want: [3]bool{false, true, true}},
-		{name: "pod only", text: "- podSelector: {matchLabels: {a: '1'}}", want: [3]bool{true, true, false}},
-		{name: "both halves", text: "- podSelector: {matchLabels: {a: '1'}}\n  namespaceSelector: {matchLabels: {mesh: 'yes'}}", want: [3]bool{false, true, false}},
-		{name: "two entries", text: "- podSelector: {matchLabels: {a: '2'}}\n- podSelector: {matchExpressions: [{key: a, operator: DoesNotExist}]}", want: [3]bool{false, false, true}},
-		{name: "everything", text: "- {}", want: [3]bool{true, true, true}},
-		{name: "json", text: `[{"podSelector":{"matchLabels":{"a":"1"}}}]`, want: [3]bool{true, true, false}},
-		{name: "null entry", text: "- null", err: "entry 0"},
-		{name: "not a list", text: "podSelector: {}", err: "enablement selectors"},
-		{name: "unknown field", text: "- podSelectors: {}", err: "podSelectors"},
-		{name: "unknown operator", text: "- {}\n- podSelector: {matchExpressions: [{key: a, operator: Like, values: [b]}]}", err: "entry 1: podSelector"},
-		{name: "impossible label", text: "- namespaceSelector: {matchLabels: {'a b': c}}", err: "entry 0: namespaceSelector"},
-		{name: "number", text: "- podSelector: {matchLabels: {a: 1}}", want: [3]bool{true, true, false}}, // As kubectl takes it.
-		{name: "no YAML", text: "\t- {", err: "enablement selectors"},
-		{name: "too long", text: strings.Repeat("#", maxSelectorText+1), err: "more than"},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			got, err := ParseSelectors(tt.text)
-			if tt.err != "" {
-				if err == nil || !strings.Contains(err.Error(), tt.err) {
-					t.Fatalf("error %v, want one with %q", err, tt.err)
-				}
-				return
-			}
-			if err != nil || got == nil {
-				t.Fatalf("ParseSelectors = %v, %v", got, err)
-			}
-			c := decider(t, Config{Selectors: got})
-			p, other := labelled(pod("a", "u"), "a", "1"), pod("b", "v")
-			if have := [3]bool{c.selected(p, plain), c.selected(p, labelledNS), c.selected(other, labelledNS)}; have != tt.want {
-				t.Errorf("selected: %v, want %v", have, tt.want)
-			}
-		})
-	}
-	for _, text := range []string{"", " \n"} {
-		if got, err := ParseSelectors(text); got != nil || err != nil {
-			t.Errorf("ParseSelectors(%q) = %v, %v, want nil: the default", text, got, err)
-		}
-	}
-}
-
-func TestParseNamespaces(t *testing.T) {
-	for list, want := range map[string][]string{
-		"": nil, " , ,": nil, "kube-system": {"kube-system"}, " a ,b,, c ": {"a", "b", "c"},
-	} {
-		if got := ParseNamespaces(list); !slices.Equal(got, want) {
-			t.Errorf("ParseNamespaces(%q) = %q, want %q", list, got, want)
-		}
-	}
 }
 
 func TestNamespaceMatchIgnoresSelectorsOfAllNamespaces(t *testing.T) {
@@ -189,77 +128,22 @@ func TestConfig(t *testing.T) {
 	}
 }
 
-// FuzzParseSelectors: what is taken decides as a plain reading of the labels
-// would.
-func FuzzParseSelectors(f *testing.F) {
-	f.Add("- podSelector: {matchLabels: {a: b}}", "a", "b")
-	f.Add("- podSelector: {matchExpressions: [{key: a, operator: NotIn, values: [b, c]}]}\n  namespaceSelector: {matchLabels: {a: b}}", "a", "c")
-	f.Add("- {}\n- namespaceSelector: {matchExpressions: [{key: a, operator: Exists}]}", "x", "y")
-	f.Add("- podSelector: {matchExpressions: [{key: a, operator: In, values: [b]}, {key: c, operator: DoesNotExist}]}", "a", "b")
-	f.Add("- &x {podSelector: {matchLabels: {a: b}}}\n- *x", "a", "b")
-	f.Fuzz(func(t *testing.T, text, key, value string) {
-		selectors, err := ParseSelectors(text)
-		if err != nil || selectors == nil {
-			return
-		}
-		var entries []selectorText
-		if err := yaml.Unmarshal([]byte(text), &entries); err != nil || len(entries) != len(selectors) {
-			t.Fatalf("%d selectors of %d entries, %v", len(selectors), len(entries), err)
-		}
-		with, without := map[string]string{key: value}, map[string]string{}
-		for i, s := range selectors {
-			for _, pod := range []map[string]string{with, without} {
-				for _, ns := range []map[string]string{with, without} {
-					want := plainMatch(entries[i].PodSelector, pod) && plainMatch(entries[i].NamespaceSelector, ns)
-					if got := s.matches(pod, ns); got != want {
-						t.Errorf("entry %d with pod %v in namespace %v: %v, want %v", i, pod, ns, got, want)
-					}
-				}
-			}
-		}
-	})
-}
-
-// plainMatch is what a LabelSelector means, word for word.
-func plainMatch(s metav1.LabelSelector, labels map[string]string) bool {
-	for k, v := range s.MatchLabels {
-		if have, ok := labels[k]; !ok || have != v {
-			return false
-		}
-	}
-	for _, e := range s.MatchExpressions {
-		have, ok := labels[e.Key]
-		in := ok && slices.Contains(e.Values, have)
-		if want := map[metav1.LabelSelectorOperator]bool{
-			metav1.LabelSelectorOpIn: in, metav1.LabelSelectorOpNotIn: !in,
-			metav1.LabelSelectorOpExists: ok, metav1.LabelSelectorOpDoesNotExist: !ok,
-		}; !want[e.Operator] {
-			return false
-		}
-	}
-	return true
-}
-
-// FuzzAnnotations: whatever a pod's annotations say, the agent can attach it.
-func FuzzAnnotations(f *testing.F) {
-	f.Add("true", "0", "br0, veth1,,br0", "x")
-	f.Add("T", "no", strings.Repeat("a,", 40)+"a-name-that-is-too-long,lo,ztun0,a/b", "TRUE")
-	c := decider(f, Config{})
-	f.Fuzz(func(t *testing.T, bypass, dns, interfaces, skip string) {
-		p := annotated(pod("a", "u"), bypassAnnotation, bypass, dnsAnnotation, dns, interfacesAnnotation, interfaces, skipMark, skip)
+// Whatever a pod's annotations say, the agent can attach it.
+func TestAnnotations(t *testing.T) {
+	c := decider(t, Config{})
+	for _, tt := range []struct {
+		bypass, dns, interfaces, skip string
+		wantBypass, wantDNS, wantSkip bool
+		want                          []string
+	}{
+		{"true", "0", "br0, veth1,,br0", "x", true, false, false, []string{"br0", "veth1"}},
+		{"T", "no", "a-name-that-is-too-long,lo,ztun0,a/b", "TRUE", true, false, true, nil},
+		{"", "t", "", "false", false, true, false, nil},
+	} {
+		p := annotated(pod("a", "u"), bypassAnnotation, tt.bypass, dnsAnnotation, tt.dns, interfacesAnnotation, tt.interfaces, skipMark, tt.skip)
 		got := c.describe(p, known{})
-		isTrue := func(s string) bool { return slices.Contains([]string{"1", "t", "T", "TRUE", "true", "True"}, s) }
-		if got.BypassInbound != isTrue(bypass) || got.DNSCapture != isTrue(dns) || skips(&p.ObjectMeta) != isTrue(skip) {
-			t.Errorf("bypass %q, dns %q, skip %q: %+v", bypass, dns, skip, got)
+		if got.BypassInbound != tt.wantBypass || got.DNSCapture != tt.wantDNS || skips(&p.ObjectMeta) != tt.wantSkip || !slices.Equal(got.VirtualInterfaces, tt.want) {
+			t.Errorf("%+v: %+v", tt, got)
 		}
-		cfg := podnet.Config{Device: podnet.DefaultDevice, VirtualInterfaces: got.VirtualInterfaces}
-		if err := cfg.Validate(); err != nil {
-			t.Error(err)
-		}
-		for _, name := range got.VirtualInterfaces {
-			if !strings.Contains(interfaces, name) {
-				t.Errorf("interface %q is not in %q", name, interfaces)
-			}
-		}
-	})
+	}
 }

@@ -8,8 +8,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/ztun/ztun/cmd/internal/agent"
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"github.com/ztun/ztun/cmd/internal/procs"
-	"github.com/ztun/ztun/tun/podnet"
 )
 
 // Annotations of a pod.
@@ -19,11 +19,8 @@ const (
 	interfacesAnnotation = "istio.io/reroute-virtual-interfaces"
 )
 
-const (
-	// maxAddresses and maxInterfaces are what a proxy and podnet take.
-	maxAddresses  = 64
-	maxInterfaces = 32
-)
+// maxAddresses is what a proxy takes.
+const maxAddresses = 64
 
 // describe is the pod as the agent is to be told of it, but for its namespace.
 // before is what the agent was told last, or zero.
@@ -31,8 +28,8 @@ func (c *Controller) describe(pod *corev1.Pod, before known) agent.Pod {
 	return agent.Pod{
 		UID: string(pod.UID), Name: pod.Name, Namespace: pod.Namespace, ServiceAccount: serviceAccount(pod),
 		Addresses:         before.addresses(statusAddresses(pod)),
-		BypassInbound:     boolean(pod.Annotations[bypassAnnotation], false),
-		DNSCapture:        boolean(pod.Annotations[dnsAnnotation], c.cfg.DNSCapture),
+		BypassInbound:     marks.Bool(pod.Annotations[bypassAnnotation], false),
+		DNSCapture:        marks.Bool(pod.Annotations[dnsAnnotation], c.cfg.DNSCapture),
 		VirtualInterfaces: c.virtualInterfaces(pod, before.serial == 0),
 		ProbePorts:        probePorts(pod),
 	}
@@ -49,33 +46,12 @@ func serviceAccount(pod *corev1.Pod) string {
 // can have are left out: the pod belongs in the mesh all the same. first: it is
 // said.
 func (c *Controller) virtualInterfaces(pod *corev1.Pod, first bool) []string {
-	names, wrong := parseInterfaces(pod.Annotations[interfacesAnnotation])
+	names, wrong := marks.Interfaces(pod.Annotations[interfacesAnnotation])
 	if wrong != "" && first {
 		c.log.Warn("annotation names an interface that cannot be", "pod", pod.Namespace+"/"+pod.Name, "annotation", interfacesAnnotation, "interface", wrong)
 	}
 	return names
 }
-
-// parseInterfaces returns the possible names, sorted, each once, and one of
-// those that are not.
-func parseInterfaces(list string) (names []string, wrong string) {
-	for name := range strings.SplitSeq(list, ",") {
-		if name = strings.TrimSpace(name); name == "" || slices.Contains(names, name) {
-			continue
-		}
-		cfg := podnet.Config{VirtualInterfaces: []string{name}}
-		if cfg.Validate() != nil || name == podnet.DefaultDevice || len(names) == maxInterfaces {
-			wrong = name[:min(len(name), maxInterfaceText)]
-			continue
-		}
-		names = append(names, name)
-	}
-	slices.Sort(names)
-	return names, wrong
-}
-
-// maxInterfaceText bounds how much of a wrong name is logged, in bytes.
-const maxInterfaceText = 64
 
 // statusAddresses are the pod's own as its status says, in a fixed order.
 func statusAddresses(pod *corev1.Pod) []netip.Addr {

@@ -3,7 +3,6 @@ package enrol
 import (
 	"fmt"
 	"slices"
-	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -40,16 +39,6 @@ func TestDescribeTakesAnnotations(t *testing.T) {
 	p.Spec.ServiceAccountName = ""
 	if got := decider(t, Config{}).describe(p, known{}).ServiceAccount; got != "default" {
 		t.Errorf("service account %q", got)
-	}
-}
-
-func TestInterfacesAreBounded(t *testing.T) {
-	var list []string
-	for i := range 2 * maxInterfaces {
-		list = append(list, fmt.Sprintf("br%d", i))
-	}
-	if names, wrong := parseInterfaces(strings.Join(list, ",")); len(names) != maxInterfaces || wrong == "" {
-		t.Errorf("%d interfaces, %q left out", len(names), wrong)
 	}
 }
 

@@ -45,6 +45,7 @@ import (
 
 	"github.com/ztun/ztun/cmd/internal/agent"
 	"github.com/ztun/ztun/cmd/internal/cni"
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"github.com/ztun/ztun/cmd/internal/procs"
 )
 
@@ -81,8 +82,8 @@ type Config struct {
 	// mesh. Default istio-system.
 	SystemNamespace string
 	// Selectors say which pods are in the mesh: those that match any. Nil:
-	// DefaultSelectors.
-	Selectors []Selector
+	// marks.DefaultSelectors.
+	Selectors []marks.Selector
 	// ExcludeNamespaces have no pod in the mesh, whatever labels say.
 	ExcludeNamespaces []string
 	// DNSCapture holds for pods whose annotation says nothing else.
@@ -118,7 +119,7 @@ func (cfg *Config) complete() error {
 		cfg.SystemNamespace = "istio-system"
 	}
 	if cfg.Selectors == nil {
-		cfg.Selectors = DefaultSelectors()
+		cfg.Selectors = marks.DefaultSelectors()
 	}
 	orDefault(&cfg.PluginTimeout, 4500*time.Millisecond)
 	orDefault(&cfg.ServedTimeout, 2*time.Second)

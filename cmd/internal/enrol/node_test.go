@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -279,7 +280,7 @@ func addrs(texts ...string) []netip.Addr {
 	return out
 }
 
-var ambient = []string{modeLabel, "ambient"}
+var ambient = []string{marks.ModeLabel, "ambient"}
 
 // memAgent is an agent whose pods are attached at once, and served while there
 // is a proxy.

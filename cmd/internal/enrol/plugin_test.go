@@ -3,6 +3,7 @@ package enrol
 import (
 	"context"
 	"fmt"
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"net/netip"
 	"slices"
 	"strings"
@@ -61,7 +62,7 @@ func TestEnrolReturnsWhenServed(t *testing.T) {
 func TestEnrolLeavesOthersAlone(t *testing.T) {
 	for name, p := range map[string]*corev1.Pod{
 		"no label":    pod("a", "u"),
-		"opted out":   labelled(pod("a", "u"), modeLabel, "ambient", skipMark, "true"),
+		"opted out":   labelled(pod("a", "u"), marks.ModeLabel, "ambient", skipMark, "true"),
 		"hostNetwork": labelled(pod("a", "u"), ambient...),
 	} {
 		t.Run(name, func(t *testing.T) {

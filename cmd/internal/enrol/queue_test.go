@@ -2,6 +2,7 @@ package enrol
 
 import (
 	"fmt"
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -48,7 +49,7 @@ func TestLabelsGoneRemovePods(t *testing.T) {
 		remove func(n *node)
 	}{
 		{"namespace label", func(n *node) { n.namespace("demo") }},
-		{"pod label none", func(n *node) { n.apply(labelled(pod("a", "u", "10.0.0.2"), modeLabel, "none")) }},
+		{"pod label none", func(n *node) { n.apply(labelled(pod("a", "u", "10.0.0.2"), marks.ModeLabel, "none")) }},
 		{"pod skips", func(n *node) { n.apply(annotated(pod("a", "u", "10.0.0.2"), skipMark, "true")) }},
 		{"namespace skips", func(n *node) { n.namespace("demo", append([]string{skipMark, "true"}, ambient...)...) }},
 		{"service skips", func(n *node) {
