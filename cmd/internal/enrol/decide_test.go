@@ -1,7 +1,6 @@
 package enrol
 
 import (
-	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"slices"
 	"strings"
 	"testing"
@@ -9,6 +8,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 )
 
 // decider is a controller whose caches hold these objects.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"log/slog"
 	"maps"
 	"net/netip"
@@ -27,6 +26,7 @@ import (
 	clienttesting "k8s.io/client-go/testing"
 
 	"github.com/ztun/ztun/cmd/internal/agent"
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"github.com/ztun/ztun/cmd/internal/procs"
 )
 

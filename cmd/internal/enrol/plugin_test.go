@@ -3,7 +3,6 @@ package enrol
 import (
 	"context"
 	"fmt"
-	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"net/netip"
 	"slices"
 	"strings"
@@ -14,6 +13,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/ztun/ztun/cmd/internal/cni"
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 )
 
 // request is what the plugin says of pod a.

@@ -2,7 +2,6 @@ package enrol
 
 import (
 	"fmt"
-	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime"
 	clienttesting "k8s.io/client-go/testing"
 
+	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"github.com/ztun/ztun/cmd/internal/procs"
 )
 
