@@ -77,7 +77,8 @@ func TestProbesAreForwarded(t *testing.T) {
 func TestWhatIsNoProbeIsARequest(t *testing.T) {
 	p := newProber(t)
 	p.write(tun.Header{}, segment(client, webPort, flagSYN, 1, 0, nil))
-	(<-p.handled).Refuse(RefuseSilent)
+	first := <-p.handled
+	on(p.stack, p.handler, func(*hooks) { first.Refuse(RefuseSilent) })
 	p.write(tun.Header{}, segment(node, webPort, flagSYN, 1, 0, nil))
 	(<-p.asked)(false)
 	q := <-p.handled
@@ -90,7 +91,8 @@ func TestWhatIsNoProbeIsARequest(t *testing.T) {
 	}
 	// The pod's own connections, and tunnels, are not asked about.
 	p.write(tun.Header{}, segment(webPort, node, flagSYN, 1, 0, nil))
-	(<-p.handled).Refuse(RefuseSilent)
+	own := <-p.handled
+	on(p.stack, p.handler, func(*hooks) { own.Refuse(RefuseSilent) })
 	p.write(tun.Header{}, segment(node, netip.AddrPortFrom(pod, TunnelPort), flagSYN, 1, 0, nil))
 	if b, _ := p.read(); flagsOf(b) != flagSYN|flagACK {
 		t.Errorf("tunnel port: flags %#x, want SYN-ACK", flagsOf(b))

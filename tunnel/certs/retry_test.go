@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -318,9 +319,9 @@ func TestWrongAnswers(t *testing.T) {
 func TestWrongAnswerToARenewal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := &garbler{gate: newGate(true)}
-		wrong := false
+		var wrong atomic.Bool
 		g.answer = func(e [][]byte) [][]byte {
-			if wrong {
+			if wrong.Load() {
 				return [][]byte{fmt.Appendf(nil, "garbage")}
 			}
 			return e
@@ -330,12 +331,12 @@ func TestWrongAnswerToARenewal(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		wrong = true
+		wrong.Store(true)
 		time.Sleep(45 * time.Minute)
 		if cert, ok := m.Current(web); !ok || cert != first {
 			t.Errorf("Current = %v, %v", cert, ok)
 		}
-		wrong = false
+		wrong.Store(false)
 		m.Retry()
 		time.Sleep(2 * time.Second)
 		if cert, ok := m.Current(web); !ok || cert == first {
