@@ -30,6 +30,21 @@ type Nameserver struct {
 	address [4]byte // zero: there is no such name
 }
 
+// nameserver is where the process' resolver asks instead of the machine's own;
+// nil: there.
+var nameserver atomic.Pointer[string]
+
+// The resolver is replaced once: lookups that a test leaves behind read the
+// variable later.
+func init() {
+	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		if to := nameserver.Load(); to != nil {
+			network, address = "udp", *to
+		}
+		return new(net.Dialer).DialContext(ctx, network, address)
+	}}
+}
+
 // UseNameserver makes this process resolve by a Nameserver for name, until the
 // test ends. So far there is no such name.
 func UseNameserver(t *testing.T, name string) *Nameserver {
@@ -40,12 +55,10 @@ func UseNameserver(t *testing.T, name string) *Nameserver {
 	}
 	n := &Nameserver{name: name, conn: conn, done: make(chan struct{})}
 	go n.serve()
-	old := net.DefaultResolver
-	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "udp", conn.LocalAddr().String())
-	}}
+	address := conn.LocalAddr().String()
+	nameserver.Store(&address)
 	t.Cleanup(func() {
-		net.DefaultResolver = old
+		nameserver.Store(nil)
 		_ = conn.Close()
 		<-n.done
 	})
