@@ -51,7 +51,7 @@ type Handshakes struct {
 	// mu guards the fields below.
 	mu      sync.Mutex
 	workers int
-	idle    int
+	idle    int // workers that wait, less the jobs that wait for them
 	closed  bool
 	running map[*handshake]struct{}
 }
@@ -144,7 +144,7 @@ func (h *Handshakes) submit(s *handshake) error {
 	if h.closed {
 		return ErrClosed
 	}
-	if len(h.jobs) >= h.idle && h.workers < h.max {
+	if h.idle <= 0 && h.workers < h.max {
 		h.workers++
 		h.running[s] = struct{}{}
 		h.done.Go(func() { h.work(s) })
@@ -152,6 +152,7 @@ func (h *Handshakes) submit(s *handshake) error {
 	}
 	select {
 	case h.jobs <- s:
+		h.idle--
 		h.running[s] = struct{}{}
 		return nil
 	default:
@@ -165,7 +166,7 @@ func (h *Handshakes) work(s *handshake) {
 		s.run()
 		h.mu.Lock()
 		delete(h.running, s)
-		if h.idle >= keepWorkers && len(h.jobs) == 0 {
+		if h.idle >= keepWorkers {
 			h.workers--
 			h.mu.Unlock()
 			return
@@ -177,9 +178,6 @@ func (h *Handshakes) work(s *handshake) {
 		case <-h.quit:
 			return
 		}
-		h.mu.Lock()
-		h.idle--
-		h.mu.Unlock()
 	}
 }
 
