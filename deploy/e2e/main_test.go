@@ -159,10 +159,7 @@ func chartText() (string, error) {
 	manifests, err := chart.Manifests("../chart", chart.Options{Values: map[string]any{
 		"image": name, "tag": tag, "imagePullPolicy": "Never",
 		"resources": map[string]any{"requests": map[string]any{"cpu": "10m", "memory": "64Mi"}},
-		"cni": map[string]any{
-			"resources": map[string]any{"requests": map[string]any{"cpu": "10m", "memory": "32Mi"}},
-			"env":       map[string]any{"ZTUN_HOST_NETNS": "/host/var" + cluster.HostNetns},
-		},
+		"cni":       map[string]any{"resources": map[string]any{"requests": map[string]any{"cpu": "10m", "memory": "32Mi"}}},
 	}})
 	if err != nil {
 		return "", err

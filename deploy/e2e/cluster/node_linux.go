@@ -37,15 +37,11 @@ const (
 // containerd's defaults, each in the node's own mounts.
 const (
 	criSocket = "/run/containerd/containerd.sock"
-	// HostNetns is a node's own network namespace, as its files show it.
-	HostNetns = "/run/netns/of-the-node"
-
 	cniConfig = "/etc/cni/net.d"
 	cniBin    = "/opt/cni/bin"
 )
 
-// nodeRole is a node: mounts and a network of its own, then its daemons. It
-// says "mounted" once the cluster may give it eth0, and waits for a line.
+// nodeRole is a node: its mounts and network, then its daemons. It says "mounted" once the cluster may give it eth0, and waits for a line.
 func nodeRole() error {
 	var c nodeConfig
 	if err := json.Unmarshal([]byte(os.Getenv(configVar)), &c); err != nil {
@@ -78,9 +74,6 @@ func nodeRole() error {
 
 // mounts gives the node directories that look like the machine's and that it may write.
 func (c *nodeConfig) mounts() error {
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return err
-	}
 	// Containers get their parts of /run and /var/lib/kubelet with propagation.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
 		return err
@@ -110,14 +103,6 @@ func (c *nodeConfig) mounts() error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-	}
-	// The nodes share the machine's processes, of which the first is in none of
-	// their network namespaces.
-	if err := os.WriteFile(HostNetns, nil, 0o444); err != nil {
-		return err
-	}
-	if err := unix.Mount("/proc/self/ns/net", HostNetns, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("mount %s: %w", HostNetns, err)
 	}
 	// A machine's own chain must not be taken for the node's.
 	if err := os.RemoveAll(cniConfig); err != nil {
@@ -302,7 +287,7 @@ conntrack: {maxPerCore: 0, min: 0}
 type Node struct {
 	Name    string
 	Address netip.Addr
-	pid     int // of the process that holds its namespaces
+	pid     int // of process 1 of its namespaces, as the tests see it
 	process *process
 	lines   *bufio.Scanner
 	stdin   io.WriteCloser
@@ -316,7 +301,7 @@ func (n *Node) NetNS() string { return fmt.Sprintf("/proc/%d/ns/net", n.pid) }
 
 // startNode starts the process and waits for its mounts.
 func startNode(c nodeConfig) (*Node, error) {
-	cmd, err := again("node", c)
+	cmd, err := again("machine", c)
 	if err != nil {
 		return nil, err
 	}

@@ -8,18 +8,20 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
 )
 
-// A run is four kinds of process, all the same program:
+// A run is five kinds of process, all the same program:
 //
-//	outer   the caller's: builds, then starts init in new mount, pid and net namespaces
-//	init    process 1 of those: reaps what daemons leave, dies with outer
-//	inside  runs the cluster and the tests
-//	node    one for each node, in mount and net namespaces of its own
+//	outer    the caller's: builds, then starts init in new mount, pid and net namespaces
+//	init     process 1 of those: reaps what daemons leave, dies with outer
+//	inside   runs the cluster and the tests
+//	machine  one for each node: process 1 of new mount, pid and net namespaces, reaps
+//	node     started by machine: the node's mounts and network, then its daemons
 //
 // When outer ends, whatever ended it, the kernel kills init, with it all
 // processes, and with them mounts and networks.
@@ -38,6 +40,8 @@ func Role() (p Prepared, inside bool) {
 		return p, false
 	case "init":
 		err = initRole()
+	case "machine":
+		err = machineRole()
 	case "node":
 		err = nodeRole()
 	case "inside":
@@ -111,25 +115,43 @@ func Enclose(p Prepared) (int, error) {
 	return 0, err
 }
 
-// initRole makes the namespaces private, starts the tests and reaps until they end.
+// initRole is process 1 of the run.
 func initRole() error {
+	if err := ownMounts("tmpfs:/run", "tmpfs:"+workDir); err != nil {
+		return err
+	}
+	return startAndReap("inside")
+}
+
+// machineRole makes a node's first process, as initRole does for the whole run.
+func machineRole() error {
+	if err := ownMounts(); err != nil {
+		return err
+	}
+	return startAndReap("node")
+}
+
+// ownMounts parts this process's mounts from its parent's, then mounts /proc
+// of its own processes and others, each kind:directory.
+func ownMounts(others ...string) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("mounts of its own: %w", err)
 	}
-	for _, m := range []struct{ kind, to string }{{"proc", "/proc"}, {"tmpfs", "/run"}, {"tmpfs", workDir}} {
-		if err := unix.Mount(m.kind, m.to, m.kind, 0, ""); err != nil {
-			return fmt.Errorf("mount %s on %s: %w", m.kind, m.to, err)
+	for _, m := range append([]string{"proc:/proc"}, others...) {
+		kind, to, _ := strings.Cut(m, ":")
+		if err := unix.Mount(kind, to, kind, 0, ""); err != nil {
+			return fmt.Errorf("mount %s on %s: %w", kind, to, err)
 		}
 	}
-	var p Prepared
-	if err := json.Unmarshal([]byte(os.Getenv(configVar)), &p); err != nil {
-		return err
-	}
-	cmd, err := again("inside", p)
-	if err != nil {
-		return err
-	}
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	return nil
+}
+
+// startAndReap goes on in another role with what this one was told, waits for
+// every process that ends here, and ends as that one does.
+func startAndReap(role string) error {
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), roleVar+"="+role)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if err := cmd.Start(); err != nil {
 		return err
 	}
@@ -152,5 +174,5 @@ func initRole() error {
 }
 
 func nodeAttributes() *syscall.SysProcAttr {
-	return &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWNET}
+	return &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET}
 }
