@@ -265,6 +265,9 @@ func (n *node) close() {
 	if n.standin != nil {
 		n.standin.Close()
 	}
+	if n.enrol != nil {
+		n.enrol.Close()
+	}
 	if n.askSocket != nil {
 		_ = n.askSocket.Close()
 	}

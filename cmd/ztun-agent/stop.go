@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -160,16 +159,11 @@ func (n *node) detachAll(granted bool) {
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), detachTimeout, errors.New("the agent has to end"))
 	defer cancel()
-	var wg sync.WaitGroup
-	for _, s := range n.agent.Status() {
-		wg.Go(func() {
-			if err := n.agent.Delete(ctx, s.Pod.UID); err != nil {
-				n.log.Error("pod stays captured", "pod", s.Pod.String(), "error", err)
-			}
-		})
+	if left := n.enrol.RemoveAll(ctx); left > 0 {
+		n.log.Error("pods stay captured: what was done to them has to be undone by another agent, or ends with them", "pods", left)
+		return
 	}
-	wg.Wait()
-	n.log.Info("pods are out of the mesh", "left", len(n.agent.Status()))
+	n.log.Info("pods are out of the mesh")
 }
 
 // proxiesGo says whether the node's proxies are told to stop, and no other follows.

@@ -44,7 +44,17 @@ import (
 	"sync/atomic"
 
 	"github.com/ztun/ztun/cmd/internal/zds"
+	"github.com/ztun/ztun/tun/podnet"
 )
+
+// NotFound as the Netns of a pod says that it has a network namespace and nobody
+// knows which: that of a running pod whose earlier agent did not leave a path that
+// lasts. Such a pod stays as it is until Set or Detach says where it is.
+const NotFound = "not found"
+
+// ErrNotFound says that the namespace of a pod that is to be detached is not to be
+// found where it was said to be. What was done to the pod is not undone.
+var ErrNotFound = errors.New("its network namespace is not found")
 
 // A Pod is a pod that is wanted in the mesh.
 type Pod struct {
@@ -52,8 +62,8 @@ type Pod struct {
 	Name           string `json:"name"`
 	Namespace      string `json:"namespace"`
 	ServiceAccount string `json:"serviceAccount"`
-	// Netns is the path of the pod's network namespace. It need not stay
-	// valid: the agent holds the namespace open while it runs.
+	// Netns is the path of the pod's network namespace, or NotFound. It need not
+	// stay valid: the agent holds the namespace open while it runs.
 	Netns string `json:"netns"`
 	// Addresses are the pod's own. Empty: those found on its interfaces.
 	Addresses []netip.Addr `json:"addresses,omitempty"`
@@ -175,7 +185,9 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a.nodeAddrs.Store(&cfg.NodeAddresses)
 	for _, s := range saved {
-		a.workers[s.Pod.UID] = newWorker(a, s.Pod, s.State)
+		w := newWorker(a, s.Pod, s.State)
+		w.touched = true
+		a.workers[s.Pod.UID] = w
 		if s.State == nil {
 			continue
 		}
@@ -255,19 +267,55 @@ func (a *Agent) Set(p Pod) error {
 		w.want(&p)
 		return nil
 	}
+	w, err := a.addLocked(p)
+	if err == nil && a.ctx != nil {
+		a.startLocked(w)
+	}
+	return err
+}
+
+// addLocked makes the worker of a pod that has none. The caller starts it.
+func (a *Agent) addLocked(p Pod) (*worker, error) {
 	if len(a.workers) >= maxPods {
-		return fmt.Errorf("agent: more than %d pods", maxPods)
+		return nil, fmt.Errorf("agent: more than %d pods", maxPods)
 	}
 	w := newWorker(a, p, nil)
 	a.workers[p.UID] = w
-	if a.ctx != nil {
+	return w, nil
+}
+
+// Detach is Delete of a pod whose namespace was found at p.Netns, also of one that
+// an agent attached whose state is lost. p.Netns need not stay valid.
+func (a *Agent) Detach(ctx context.Context, p Pod) error {
+	if err := p.validate(); err != nil {
+		return err
+	}
+	ns, err := podnet.OpenNetns(p.Netns)
+	if err != nil {
+		return fmt.Errorf("agent: detach %s: %w", p.UID, err)
+	}
+	a.mu.Lock()
+	w := a.workers[p.UID]
+	isNew := w == nil
+	if isNew {
+		if w, err = a.addLocked(p); err != nil {
+			a.mu.Unlock()
+			_ = ns.Close()
+			return err
+		}
+	}
+	w.want(nil)
+	w.keep(ns)
+	if isNew && a.ctx != nil {
 		a.startLocked(w)
 	}
-	return nil
+	a.mu.Unlock()
+	return a.Delete(ctx, p.UID)
 }
 
 // Delete wants the pod out of the mesh, and waits until its plumbing is gone
-// or ctx ends. An unknown uid is no error.
+// or ctx ends. An unknown uid is no error. The error matches ErrNotFound as soon as
+// that is what is in the way. After an error the agent goes on trying.
 func (a *Agent) Delete(ctx context.Context, uid string) error {
 	a.mu.Lock()
 	w := a.workers[uid]
@@ -278,13 +326,15 @@ func (a *Agent) Delete(ctx context.Context, uid string) error {
 	w.want(nil)
 	for {
 		changed := a.changed
-		gone, again := a.workers[uid] != w, !w.unwanted()
+		gone, again, lost := a.workers[uid] != w, !w.unwanted(), w.isLost()
 		a.mu.Unlock()
 		switch {
 		case gone:
 			return nil
 		case again:
 			return fmt.Errorf("agent: detach %s: the pod is wanted again", uid)
+		case lost:
+			return fmt.Errorf("agent: detach %s: %s: %w", uid, w.netns(), ErrNotFound)
 		}
 		select {
 		case <-changed:

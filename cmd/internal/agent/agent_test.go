@@ -400,6 +400,80 @@ func TestDeleteWhenNamespaceIsGone(t *testing.T) {
 	n.delete("u")
 }
 
+// TestDeleteWhenNamespaceIsNotFound: an agent that starts again and does not know
+// where the pod's namespace is must not say that the pod is out of the mesh.
+func TestDeleteWhenNamespaceIsNotFound(t *testing.T) {
+	for name, tt := range map[string]struct {
+		netns string
+		undo  func(*node, *netnstest.NS) error
+	}{
+		"never known, then wanted where it is": {NotFound, func(n *node, ns *netnstest.NS) error {
+			n.set(podIn(ns, "u"))
+			return n.agent.Delete(n.Context(), "u")
+		}},
+		"never known, then found": {NotFound, func(n *node, ns *netnstest.NS) error {
+			return n.agent.Detach(n.Context(), podIn(ns, "u"))
+		}},
+		"not mounted any more, then found": {"/nowhere", func(n *node, ns *netnstest.NS) error {
+			return n.agent.Detach(n.Context(), podIn(ns, "u"))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, ns := newNode(t), podNS(t)
+			n.set(podIn(ns, "u"))
+			eventually(t, "attached", func() bool { return n.status("u").Phase == Attached })
+			n.stop()
+			p := podIn(ns, "u")
+			p.Netns = tt.netns
+			rewriteState(t, n, p)
+			n.startAgent()
+			if err := n.agent.Delete(t.Context(), "u"); !errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), tt.netns) {
+				t.Errorf("Delete = %v, want ErrNotFound for %s", err, tt.netns)
+			}
+			if st := n.status("u"); !captured(ns) || st.Phase != Detaching {
+				t.Errorf("captured: %v; %+v", captured(ns), st)
+			}
+			if err := tt.undo(n, ns); err != nil {
+				t.Error(err)
+			}
+			if left := n.agent.Status(); captured(ns) || len(left) != 0 {
+				t.Errorf("captured: %v; the agent has %+v", captured(ns), left)
+			}
+		})
+	}
+}
+
+// rewriteState makes the state of an agent that has ended say something else of p.
+func rewriteState(t *testing.T, n *node, p Pod) {
+	t.Helper()
+	s, err := n.agent.store.read(p.UID + suffix)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Pod = p
+	if err := n.agent.store.save(s); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestDetachWithoutState: only the pod's rules tell that an agent was there.
+func TestDetachWithoutState(t *testing.T) {
+	n, ns := newNode(t), podNS(t)
+	n.set(podIn(ns, "u"))
+	eventually(t, "attached", func() bool { return n.status("u").Phase == Attached })
+	n.stop()
+	if err := n.agent.store.remove("u"); err != nil {
+		t.Fatal(err)
+	}
+	n.startAgent()
+	if err := n.agent.Detach(t.Context(), podIn(ns, "u")); err != nil {
+		t.Error(err)
+	}
+	if left := n.agent.Status(); captured(ns) || len(left) != 0 {
+		t.Errorf("captured: %v; the agent has %+v", captured(ns), left)
+	}
+}
+
 // TestSlowDetachesDoNotHoldAttachesUp: those that wait for sockets have turns
 // of their own.
 func TestSlowDetachesDoNotHoldAttachesUp(t *testing.T) {

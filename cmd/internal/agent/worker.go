@@ -42,12 +42,17 @@ type worker struct {
 	current  Pod          // What attached was made for, or the state of an earlier agent.
 	node     []netip.Addr // The node's addresses that proxies were told of.
 	failures int
+	touched  bool // An agent may have attached the pod.
 
 	// mu guards the fields below.
-	mu      sync.Mutex
-	wanted  *Pod // nil: out of the mesh.
-	ended   bool // What is not wanted has ended: its namespace is left alone.
-	last    Pod  // As last wanted, for the status.
+	mu     sync.Mutex
+	wanted *Pod // nil: out of the mesh.
+	ended  bool // What is not wanted has ended: its namespace is left alone.
+	lost   bool // What is not wanted cannot be detached: nobody knows where it is.
+	// found is the namespace of what is not wanted, open between tries to detach it;
+	// nil: it is where last says.
+	found   *os.File
+	last    Pod // As last wanted, for the status.
 	state   *podnet.State
 	phase   Phase
 	err     string
@@ -85,7 +90,7 @@ func (w *worker) kick() {
 func (w *worker) want(p *Pod) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.wanted = p
+	w.wanted, w.lost = p, false
 	switch {
 	case p == nil:
 		w.phase = Detaching
@@ -95,8 +100,43 @@ func (w *worker) want(p *Pod) {
 	}
 	if p != nil {
 		w.last, w.ended = *p, false
+		w.keepLocked(nil)
 	}
 	w.kick()
+}
+
+// keep takes the namespace that what is not wanted is to be detached in.
+func (w *worker) keep(ns *os.File) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.wanted != nil {
+		_ = ns.Close()
+		return
+	}
+	w.lost = false
+	w.keepLocked(ns)
+	w.kick()
+}
+
+func (w *worker) keepLocked(ns *os.File) {
+	if w.found != nil {
+		_ = w.found.Close()
+	}
+	w.found = ns
+}
+
+// isLost says whether the last try to detach did not find the namespace.
+func (w *worker) isLost() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.lost
+}
+
+// netns is the path that the pod's namespace was said to be at.
+func (w *worker) netns() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.last.Netns
 }
 
 // setEnded makes the next detaching leave the namespace alone, unless the pod
@@ -162,6 +202,9 @@ func (w *worker) run(ctx context.Context) {
 		if ns := w.drop(); ns != nil {
 			_ = ns.Close()
 		}
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.keepLocked(nil)
 	}()
 	for {
 		wait := w.step(ctx)
@@ -333,14 +376,23 @@ func (w *worker) setState(st *podnet.State) {
 	w.state = st
 }
 
+// openNetns opens the namespace where the pod is said to have it.
+func openNetns(p Pod) (*os.File, error) {
+	if p.Netns == NotFound {
+		return nil, fmt.Errorf("agent: pod %s: %w", p.String(), ErrNotFound)
+	}
+	return podnet.OpenNetns(p.Netns)
+}
+
 // capture attaches, or attaches again: that repairs, takes other flags on, and
 // finds which older flows are left. It owns ns, which is opened if nil.
 func (w *worker) capture(ctx context.Context, ns *os.File, p Pod) (_ *attachment, err error) {
 	if ns == nil {
-		if ns, err = podnet.OpenNetns(p.Netns); err != nil {
+		if ns, err = openNetns(p); err != nil {
 			return nil, err
 		}
 	}
+	w.touched = true
 	defer func() {
 		if err != nil {
 			_ = ns.Close()
@@ -469,25 +521,60 @@ func (w *worker) onChange(a *attachment, p Pod, c podnet.Change) {
 	w.agent.announce()
 }
 
-// detach takes the pod out of the mesh: first the proxies let go of it, then
-// its sockets, then the rules. done: the worker is no longer needed.
-func (w *worker) detach(ctx context.Context) (done bool, err error) {
-	w.mu.Lock()
-	state, p, ended := w.state, w.last, w.ended
-	w.mu.Unlock()
+// namespace returns that of what is to be detached, which giveBack takes; nil:
+// there is nothing to be undone.
+func (w *worker) namespace(ended bool) (*os.File, error) {
 	ns := w.drop()
+	w.mu.Lock()
+	if ns == nil {
+		ns, w.found = w.found, nil
+	}
+	p := w.last
+	w.mu.Unlock()
 	if ended && ns != nil {
 		_ = ns.Close()
 		ns = nil
 	}
-	if ns == nil && !ended {
-		if ns, err = podnet.OpenNetns(p.Netns); err != nil && !errors.Is(err, podnet.ErrGone) {
-			return false, err
-		}
+	if ended || ns != nil {
+		return ns, nil
+	}
+	ns, err := openNetns(p)
+	lost := errors.Is(err, ErrNotFound) || errors.Is(err, podnet.ErrGone)
+	switch {
+	case lost && !w.touched:
+		return nil, nil
+	case lost:
+		w.mu.Lock()
+		w.lost = w.wanted == nil
+		w.mu.Unlock()
+	}
+	return ns, err
+}
+
+// giveBack takes the namespace for the next try, if there is one.
+func (w *worker) giveBack(ns *os.File, done bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if done || w.wanted != nil || w.found != nil {
+		_ = ns.Close()
+		return
+	}
+	w.found = ns
+}
+
+// detach takes the pod out of the mesh: first the proxies let go of it, then
+// its sockets, then the rules. done: the worker is no longer needed.
+func (w *worker) detach(ctx context.Context) (done bool, err error) {
+	w.mu.Lock()
+	state, ended := w.state, w.ended
+	w.mu.Unlock()
+	ns, err := w.namespace(ended)
+	if err != nil {
+		return false, err
 	}
 	reset := func(ctx context.Context) error { return w.agent.server.Delete(ctx, w.uid) }
 	if ns != nil {
-		defer ns.Close()
+		defer func() { w.giveBack(ns, done) }()
 		if state == nil {
 			state = &podnet.State{} // Attached, perhaps, by an agent that died before it could say so.
 		}

@@ -53,6 +53,7 @@ import (
 type Agent interface {
 	Set(p agent.Pod) error
 	Delete(ctx context.Context, uid string) error
+	Detach(ctx context.Context, p agent.Pod) error
 	Forget(ctx context.Context, uid string) error
 	Wait(ctx context.Context, uid string) error
 	Status() []agent.Status
@@ -192,7 +193,7 @@ func New(cfg Config) (*Controller, error) {
 }
 
 // Run works until ctx ends. Pods stay as they are: captured. A Controller runs
-// once.
+// once. Close comes after it.
 func (c *Controller) Run(ctx context.Context) error {
 	c.mu.Lock()
 	again := c.ran
@@ -208,7 +209,6 @@ func (c *Controller) Run(ctx context.Context) error {
 		c.queue.ShutDown()
 		wg.Wait()
 		c.locator.clear()
-		c.known.close()
 	}()
 	for _, informer := range c.informers {
 		wg.Go(func() { informer.RunWithContext(c.withLogger(ctx)) })
@@ -228,6 +228,9 @@ func (c *Controller) Run(ctx context.Context) error {
 	<-ctx.Done()
 	return context.Cause(ctx)
 }
+
+// Close lets go of the pods' namespaces. Nothing else is called after it.
+func (c *Controller) Close() { c.known.close() }
 
 // Synced is closed once the agent knows its pods and may serve proxies.
 func (c *Controller) Synced() <-chan struct{} { return c.synced }

@@ -2,6 +2,7 @@ package enrol
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -22,9 +23,8 @@ type locator struct {
 	found map[string]*os.File // By a target's UID; not asked for yet.
 }
 
-// notFound stands for the namespace of a pod that an earlier agent attached and
-// that is not found again yet. There is no such file.
-const notFound = "/proc/self/fd/namespace-not-found-yet"
+// errNoProcess says that a pod's namespace was looked for, and no process has it.
+var errNoProcess = errors.New("enrol: no process has the pod's network namespace")
 
 // isLasting says whether a path still names the same namespace, or none, after
 // a restart. Processes and descriptors are numbered anew.
@@ -55,7 +55,7 @@ func (l *locator) find(ctx context.Context, t procs.Target, others func() []proc
 	l.found = found
 	f := l.found[t.UID]
 	if f == nil {
-		return nil, fmt.Errorf("enrol: no process of pod %s has a network namespace with an address of %v", t.UID, t.Addresses)
+		return nil, fmt.Errorf("%w: pod %s with an address of %v", errNoProcess, t.UID, t.Addresses)
 	}
 	delete(l.found, t.UID)
 	return f, nil

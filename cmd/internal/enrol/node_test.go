@@ -39,6 +39,7 @@ type node struct {
 	procs  *memProcs
 	c      *Controller
 	cfg    Config
+	end    func() // Ends Run.
 	stop   func()
 	// onSynced runs once the agent may serve proxies. May be nil.
 	onSynced func()
@@ -77,7 +78,8 @@ func (n *node) start() {
 	done := make(chan struct{})
 	go func() { defer close(done); _ = c.Run(ctx) }()
 	n.c = c
-	n.stop = func() { cancel(); <-done; n.stop = func() {} }
+	n.end = func() { cancel(); <-done }
+	n.stop = func() { n.end(); c.Close(); n.stop = func() {} }
 	if n.onSynced != nil {
 		<-c.Synced()
 		n.onSynced()
@@ -285,12 +287,15 @@ var ambient = []string{marks.ModeLabel, "ambient"}
 // memAgent is an agent whose pods are attached at once, and served while there
 // is a proxy.
 type memAgent struct {
-	mu      sync.Mutex
-	pods    map[string]*agent.Status
-	proxy   bool
-	stuck   bool // Pods cannot be attached.
-	calls   []string
-	changed chan struct{}
+	mu    sync.Mutex
+	pods  map[string]*agent.Status
+	proxy bool
+	stuck bool // Pods cannot be attached.
+	// unmounted makes the paths of namespaces ones that are not mounted any more.
+	unmounted  bool
+	detachedAt string // The namespace that Detach was last given.
+	calls      []string
+	changed    chan struct{}
 	// What goes wrong next, once each time.
 	refuse, failDelete, failForget int
 }
@@ -321,11 +326,32 @@ func (a *memAgent) Delete(_ context.Context, uid string) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.note("delete %s", uid)
+	if p := a.pods[uid]; p != nil && (p.Pod.Netns == agent.NotFound || a.unmounted) {
+		return fmt.Errorf("%s: %w", p.Pod.Netns, agent.ErrNotFound)
+	}
 	if a.failDelete > 0 {
 		a.failDelete--
 		return errors.New("sockets are left")
 	}
 	delete(a.pods, uid)
+	return nil
+}
+
+// Detach opens the namespace, as the agent does.
+func (a *memAgent) Detach(_ context.Context, p agent.Pod) error {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.note("detach %s", p.UID)
+	at, err := os.Readlink(p.Netns)
+	if err != nil {
+		return err
+	}
+	a.detachedAt = at
+	if a.failDelete > 0 {
+		a.failDelete--
+		return errors.New("sockets are left")
+	}
+	delete(a.pods, p.UID)
 	return nil
 }
 
@@ -364,7 +390,7 @@ func (a *memAgent) statusLocked(uid string) agent.Status {
 	}
 	out := *s
 	switch {
-	case a.stuck || s.Pod.Netns == notFound:
+	case a.stuck || s.Pod.Netns == agent.NotFound:
 		out.Phase = agent.Attaching
 	case a.proxy:
 		out.Phase = agent.Served

@@ -66,7 +66,7 @@ func (c *Controller) add(ctx context.Context, pod *corev1.Pod) error {
 		return nil // The plugin brings it, or its next update.
 	}
 	want.pod.Netns = before.pod.Netns
-	if want.pod.Netns == "" || want.pod.Netns == notFound || !slices.Equal(want.pod.Addresses, before.pod.Addresses) {
+	if want.pod.Netns == "" || want.pod.Netns == agent.NotFound || !slices.Equal(want.pod.Addresses, before.pod.Addresses) {
 		if err := c.locate(ctx, pod, &want); err != nil {
 			return err
 		}
@@ -118,7 +118,7 @@ func (c *Controller) missing() []procs.Target {
 	}
 	var out []procs.Target
 	for _, p := range pods {
-		if k, ok := c.known.get(string(p.UID)); ok && k.pod.Netns != notFound || isOver(p) {
+		if k, ok := c.known.get(string(p.UID)); ok && k.pod.Netns != agent.NotFound || isOver(p) {
 			continue
 		}
 		addrs := statusAddresses(p)
@@ -161,33 +161,58 @@ func (c *Controller) phase(uid string) agent.Phase {
 
 // remove takes a running pod out of the mesh. The annotation stays until it is.
 func (c *Controller) remove(ctx context.Context, pod *corev1.Pod) error {
+	if err := c.detach(ctx, pod); err != nil {
+		return err
+	}
+	return c.mark(ctx, pod, markNone)
+}
+
+// detach undoes what an agent did to a running pod, where it was done: in the
+// namespace that the agent knows, else in the one that the pod's processes have.
+func (c *Controller) detach(ctx context.Context, pod *corev1.Pod) error {
 	uid := string(pod.UID)
 	before, isKnown := c.known.get(uid)
 	if !isKnown && pod.Spec.HostNetwork {
-		return c.mark(ctx, pod, markNone) // The host's namespace is nobody's to attach.
-	}
-	if !isKnown || before.pod.Netns == notFound {
-		// Only the annotation tells of it: what an agent whose state is lost did
-		// must be undone where it was done.
-		k := known{pod: c.describe(pod, before)}
-		if len(k.pod.Addresses) == 0 && !isKnown {
-			return c.mark(ctx, pod, markNone)
-		}
-		if err := c.locate(ctx, pod, &k); err != nil {
-			return err
-		}
-		if err := c.known.set(k, before.serial); err != nil {
-			return err
-		}
+		return nil // The host's namespace is nobody's to attach.
 	}
 	serial := c.known.spoil(uid)
 	limited, cancel := context.WithTimeout(ctx, c.cfg.RemoveTimeout)
 	defer cancel()
-	if err := c.cfg.Agent.Delete(limited, uid); err != nil {
+	err := agent.ErrNotFound // Only the annotation tells of it: the agent's state is lost.
+	if isKnown {
+		err = c.cfg.Agent.Delete(limited, uid)
+	}
+	if errors.Is(err, agent.ErrNotFound) {
+		err = c.detachFound(limited, pod, before)
+	}
+	if err == nil {
+		c.known.drop(uid, serial)
+	}
+	return err
+}
+
+// detachFound is detach in the namespace that the pod's processes have. before is
+// what the agent was told, or zero.
+func (c *Controller) detachFound(ctx context.Context, pod *corev1.Pod, before known) error {
+	p := c.describe(pod, before)
+	if len(p.Addresses) == 0 && before.serial == 0 {
+		return nil // A pod that has never had a namespace.
+	}
+	t := target(pod, p.Addresses)
+	ns, err := c.locator.find(ctx, t, c.missing)
+	if errors.Is(err, errNoProcess) && before.serial != 0 && before.pod.Netns != agent.NotFound {
+		// Neither mounted any more nor any process': it is gone.
+		return c.cfg.Agent.Forget(ctx, p.UID)
+	}
+	if err != nil {
 		return err
 	}
-	c.known.drop(uid, serial)
-	return c.mark(ctx, pod, markNone)
+	defer ns.Close()
+	if err := c.cfg.Finder.Verify(ctx, ns, t); err != nil {
+		return fmt.Errorf("enrol: namespace of pod %s/%s: %w", p.Namespace, p.Name, err)
+	}
+	p.Netns = fmt.Sprintf("/proc/self/fd/%d", ns.Fd())
+	return c.cfg.Agent.Detach(ctx, p)
 }
 
 // forget lets go of a pod that has ended. Its namespace is not touched.

@@ -11,6 +11,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
 
+	"github.com/ztun/ztun/cmd/internal/agent"
 	"github.com/ztun/ztun/cmd/internal/procs"
 )
 
@@ -95,12 +96,12 @@ func (c *Controller) restore(ctx context.Context, pod *corev1.Pod, ns *os.File) 
 	switch {
 	case ns != nil:
 		if e := c.use(ctx, ns, target(pod, k.pod.Addresses), &k); e != nil {
-			err, k.pod.Netns = errors.Join(err, e), notFound
+			err, k.pod.Netns = errors.Join(err, e), agent.NotFound
 		}
 	case !c.isLasting(k.pod.Netns), !slices.Equal(k.pod.Addresses, before.pod.Addresses):
-		k.pod.Netns = notFound // Lost, or that of another sandbox.
+		k.pod.Netns = agent.NotFound // Lost, or that of another sandbox.
 	}
-	if !isKnown && k.pod.Netns == notFound {
+	if !isKnown && k.pod.Netns == agent.NotFound {
 		return err
 	}
 	return errors.Join(err, c.known.set(k, before.serial))

@@ -72,7 +72,7 @@ func TestDescriptorOfAnEarlierAgentIsNotTrusted(t *testing.T) {
 		inNode(t, func(n *node) {
 			n.agent.pods["u"] = status(pod("a", "u", "10.0.0.2"), netns)
 			n.start()
-			if got := n.agent.pod("u").Netns; got != notFound {
+			if got := n.agent.pod("u").Netns; got != agent.NotFound {
 				t.Errorf("namespace %q of an earlier agent became %q", netns, got)
 			}
 			path := n.procs.run(n.T, "u", "cni-1", "10.0.0.2")
@@ -96,7 +96,7 @@ func TestSandboxMadeAgainWhileAway(t *testing.T) {
 				n.procs.wrong = 1 << 20 // They end before their namespace is used.
 			}
 			n.onSynced = func() {
-				if got := n.agent.pod("u").Netns; got != notFound {
+				if got := n.agent.pod("u").Netns; got != agent.NotFound {
 					t.Errorf("seen %v: with other addresses the agent has namespace %q", seen, got)
 				}
 			}
@@ -120,7 +120,7 @@ func TestAnnotatedPodWithoutStateIsCleaned(t *testing.T) {
 	inNode(t, func(n *node) {
 		n.procs.run(n.T, "u", "cni-1", "10.0.0.2")
 		n.start()
-		n.wantCalls("set u", "delete u")
+		n.wantCalls("detach u")
 		n.wantMark("a", "-")
 		n.wantMark("host", "-")
 		n.wantKnown()
