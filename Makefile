@@ -91,8 +91,8 @@ soak: ## a mixed load over bad networks: MINUTES=20 SEED=n ONLY=regexp of worlds
 	nice -n 10 $(BIN)/soak.test -test.run '^TestSoak$$' -test.timeout 0 -minutes $(MINUTES) $(if $(SEED),-seed $(SEED)) $(if $(ONLY),-only '$(ONLY)')
 
 RUN  ?=
-MODE ?= nftables
-e2e: ## ztun on a cluster of two nodes with an unmodified istiod, as root: RUN=regexp of cases, MODE=iptables for kube-proxy
+MODE ?= mixed
+e2e: ## ztun on a cluster of two nodes with an unmodified istiod, as root: RUN=regexp of cases, MODE=mixed (one node each), nftables or iptables for kube-proxy
 	@mkdir -p $(BIN)
 	cd deploy/e2e && $(GO) test -c -o ../../$(BIN)/e2e.test .
 	cd deploy/e2e && MODE='$(MODE)' ../../$(BIN)/e2e.test -test.v -test.timeout 60m $(if $(RUN),-test.run '$(RUN)')

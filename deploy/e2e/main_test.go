@@ -49,16 +49,12 @@ func enclosed() (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	mode := os.Getenv("MODE")
-	switch mode {
-	case "":
-		mode = "nftables"
-	case "nftables", "iptables":
-	default:
-		return 1, fmt.Errorf("e2e: MODE=%q: kube-proxy runs as nftables or iptables here", mode)
+	modes, err := cluster.Modes(os.Getenv("MODE"))
+	if err != nil {
+		return 1, err
 	}
 	logs := filepath.Join(module, "../../bin/e2e")
-	prepared, err := cluster.Prepare(context.Background(), module, logs, mode)
+	prepared, err := cluster.Prepare(context.Background(), module, logs, modes)
 	if err != nil {
 		return 1, err
 	}

@@ -81,14 +81,10 @@ func (c *Cluster) bridge(context.Context) error {
 	if err != nil {
 		return err
 	}
-	address := netip.PrefixFrom(netip.MustParseAddr(hostAddress), wireBits)
-	if err := netlink.AddrAdd(l, &netlink.Addr{IPNet: ipNet(address)}); err != nil {
+	if err := addAddresses(l, hostAddresses); err != nil {
 		return fmt.Errorf("e2e: bridge: %w", err)
 	}
-	if err := netlink.LinkSetUp(l); err != nil {
-		return err
-	}
-	return os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644)
+	return forward()
 }
 
 // control starts etcd, the apiserver, its controllers and the scheduler.
@@ -103,7 +99,7 @@ func (c *Cluster) control(ctx context.Context) error {
 	}
 	apiserver, err := start(c.LogDir, "kube-apiserver", nil, tool("kube-apiserver"),
 		"--etcd-servers=http://127.0.0.1:2379", "--bind-address="+hostAddress, "--advertise-address="+hostAddress,
-		"--secure-port=6443", "--cert-dir="+workDir+"/pki", "--service-cluster-ip-range=10.96.0.0/16",
+		"--secure-port=6443", "--cert-dir="+workDir+"/pki", "--service-cluster-ip-range="+serviceNetworks,
 		"--service-account-issuer=https://kubernetes.default.svc", "--service-account-key-file="+workDir+"/sa.pub",
 		"--service-account-signing-key-file="+workDir+"/sa.key", "--token-auth-file="+workDir+"/tokens.csv",
 		"--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--allow-privileged=true",
@@ -178,22 +174,29 @@ current-context: e2e
 
 // nodes starts both, joined by the bridge, all steps side by side.
 func (c *Cluster) nodes(context.Context) error {
-	configs := []nodeConfig{
-		{Name: "node1", Address: netip.MustParseAddr("172.31.250.1"), Pods: netip.MustParsePrefix("10.244.1.0/24")},
-		{Name: "node2", Address: netip.MustParseAddr("172.31.250.2"), Pods: netip.MustParsePrefix("10.244.2.0/24")},
+	var configs []nodeConfig
+	for i, mode := range c.Modes {
+		number := byte(i + 1)
+		configs = append(configs, nodeConfig{
+			Prepared: c.Prepared, Name: fmt.Sprintf("node%d", number), Mode: mode,
+			Addresses: nodeAddresses(number), Pods: nodePods(number), Routes: map[netip.Prefix]netip.Addr{},
+		})
 	}
-	for i := range configs {
-		cfg := &configs[i]
-		cfg.Prepared, cfg.Routes = c.Prepared, map[netip.Prefix]netip.Addr{}
+	for i, cfg := range configs {
 		for _, other := range configs {
-			if other.Name != cfg.Name {
-				cfg.Routes[other.Pods] = other.Address
+			if other.Name == cfg.Name {
+				continue
+			}
+			for family, pods := range other.Pods {
+				cfg.Routes[pods] = other.Addresses[family].Addr()
 			}
 		}
-		if err := netlink.RouteAdd(&netlink.Route{Dst: ipNet(cfg.Pods), Gw: cfg.Address.AsSlice()}); err != nil {
-			return fmt.Errorf("e2e: route to %v: %w", cfg.Pods, err)
+		for family, pods := range cfg.Pods {
+			if err := addRoute(pods, cfg.Addresses[family].Addr()); err != nil {
+				return fmt.Errorf("e2e: %w", err)
+			}
 		}
-		n, err := startNode(*cfg)
+		n, err := startNode(cfg)
 		if err != nil {
 			return err
 		}
@@ -282,12 +285,12 @@ func (c *Cluster) StartIstiod(ctx context.Context) error {
 	env := []string{
 		"POD_NAME=istiod-1", "POD_NAMESPACE=istio-system", "SERVICE_ACCOUNT=istiod", "CLUSTER_ID=Kubernetes", "REVISION=default",
 		"PILOT_CERT_PROVIDER=istiod", "PILOT_ENABLE_AMBIENT=true", "CA_TRUSTED_NODE_ACCOUNTS=istio-system/ztunnel",
-		"VALIDATION_WEBHOOK_CONFIG_NAME=", "INJECTION_WEBHOOK_CONFIG_NAME=",
+		"VALIDATION_WEBHOOK_CONFIG_NAME=", "INJECTION_WEBHOOK_CONFIG_NAME=", "ISTIO_DUAL_STACK=true",
 	}
 	var err error
 	c.istiod, err = start(c.LogDir, "istiod", env, filepath.Join(c.Tools, "pilot-discovery"), "discovery",
 		"--kubeconfig="+kubeconfig("admin"), "--meshConfig="+mesh, "--networksConfig=/dev/null", "--registries=Kubernetes",
-		"--grpcAddr=", "--secureGRPCAddr="+hostAddress+":15012", "--httpAddr=127.0.0.1:18080", "--httpsAddr=127.0.0.1:15017",
+		"--grpcAddr=", "--secureGRPCAddr=:15012", "--httpAddr=127.0.0.1:18080", "--httpsAddr=127.0.0.1:15017",
 		"--monitoringAddr=127.0.0.1:15014", "--ctrlz_port=0")
 	if err != nil {
 		return err

@@ -29,17 +29,29 @@ const (
 
 // Prepared is what a run needs and later runs find again.
 type Prepared struct {
-	Tools  string   // directory of etcd, kube-apiserver ... and the CRDs
-	Debian string   // root that Debian's packages are unpacked in
-	Images []string // archives that every node imports
-	LogDir string   // directory of this run's logs, kept
-	Mode   string   // kube-proxy's: nftables or iptables
-	Owner  int      // pid, outside, of the process that everything ends with
+	Tools  string    // directory of etcd, kube-apiserver ... and the CRDs
+	Debian string    // root that Debian's packages are unpacked in
+	Images []string  // archives that every node imports
+	LogDir string    // directory of this run's logs, kept
+	Modes  [2]string // kube-proxy's on each node
+	Owner  int       // pid, outside, of the process that everything ends with
+}
+
+// Modes reads how kube-proxy is to run: nftables or iptables on both nodes, or
+// mixed, one on each. It is mixed unless text says otherwise.
+func Modes(text string) ([2]string, error) {
+	switch text {
+	case "", "mixed":
+		return [2]string{"nftables", "iptables"}, nil
+	case "nftables", "iptables":
+		return [2]string{text, text}, nil
+	}
+	return [2]string{}, fmt.Errorf("e2e: MODE=%q: kube-proxy runs as nftables, iptables or mixed here", text)
 }
 
 // Prepare builds and downloads what is not in the cache yet. module is the
 // directory of deploy/e2e, logs the directory to make anew for this run's logs.
-func Prepare(ctx context.Context, module, logs, mode string) (p Prepared, err error) {
+func Prepare(ctx context.Context, module, logs string, modes [2]string) (p Prepared, err error) {
 	cache, err := CacheDir()
 	if err != nil {
 		return p, err
@@ -52,7 +64,7 @@ func Prepare(ctx context.Context, module, logs, mode string) (p Prepared, err er
 		return p, err
 	}
 	defer unlock()
-	p.Mode, p.LogDir = mode, logs
+	p.Modes, p.LogDir = modes, logs
 	if p.Debian, err = Debian(ctx, cache); err != nil {
 		return p, err
 	}

@@ -17,7 +17,7 @@ type Segment struct {
 	Payload  int // bytes
 }
 
-// A Wire records the TCP segments of IPv4 on every interface of a node.
+// A Wire records the TCP segments of both families on every interface of a node.
 type Wire struct {
 	fd   int
 	done chan struct{}
@@ -99,23 +99,39 @@ func (w *Wire) record() {
 	}
 }
 
-// segment reads an IPv4 packet that carries TCP.
+// segment reads an IP packet that carries TCP.
 func segment(p []byte) (Segment, bool) {
-	if len(p) < 20 || p[0]>>4 != 4 || p[9] != unix.IPPROTO_TCP {
+	if len(p) < 20 {
 		return Segment{}, false
 	}
-	header, total := int(p[0]&15)*4, int(binary.BigEndian.Uint16(p[2:]))
-	if header < 20 || total < header+20 || len(p) < header+20 {
-		return Segment{}, false
+	switch p[0] >> 4 {
+	case 4:
+		header, total := int(p[0]&15)*4, int(binary.BigEndian.Uint16(p[2:]))
+		if p[9] != unix.IPPROTO_TCP || header < 20 || total > len(p) || total < header {
+			return Segment{}, false
+		}
+		return tcpSegment(p[header:total], netip.AddrFrom4([4]byte(p[12:16])), netip.AddrFrom4([4]byte(p[16:20])))
+	case 6:
+		const header = 40
+		if len(p) < header || p[6] != unix.IPPROTO_TCP {
+			return Segment{}, false
+		}
+		total := header + int(binary.BigEndian.Uint16(p[4:]))
+		if total > len(p) {
+			return Segment{}, false
+		}
+		return tcpSegment(p[header:total], netip.AddrFrom16([16]byte(p[8:24])), netip.AddrFrom16([16]byte(p[24:40])))
 	}
-	tcp := p[header:]
-	payload := total - header - int(tcp[12]>>4)*4
-	if payload < 0 {
+	return Segment{}, false
+}
+
+func tcpSegment(tcp []byte, from, to netip.Addr) (Segment, bool) {
+	if len(tcp) < 20 || int(tcp[12]>>4)*4 > len(tcp) {
 		return Segment{}, false
 	}
 	return Segment{
-		From:    netip.AddrPortFrom(netip.AddrFrom4([4]byte(p[12:16])), binary.BigEndian.Uint16(tcp)),
-		To:      netip.AddrPortFrom(netip.AddrFrom4([4]byte(p[16:20])), binary.BigEndian.Uint16(tcp[2:])),
-		Payload: payload,
+		From:    netip.AddrPortFrom(from, binary.BigEndian.Uint16(tcp)),
+		To:      netip.AddrPortFrom(to, binary.BigEndian.Uint16(tcp[2:])),
+		Payload: len(tcp) - int(tcp[12]>>4)*4,
 	}, true
 }
