@@ -2,12 +2,15 @@ package soak
 
 import (
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // A soak that finds nothing is only worth something if it would have. faulty
@@ -73,9 +76,10 @@ func (w *faulty) listen(f func(*net.TCPConn)) string {
 // relay moves bytes both ways, and mirrors ends and resets.
 func (w *faulty) relay(a, b *net.TCPConn) {
 	var both sync.WaitGroup
-	for i, way := range [][2]*net.TCPConn{{a, b}, {b, a}} {
+	ends := [2]relayed{{TCPConn: a}, {TCPConn: b}}
+	for i := range ends {
 		both.Go(func() {
-			from, to := way[0], way[1]
+			from, to := &ends[i], &ends[1-i]
 			room, pos := make([]byte, 4<<10), int64(0)
 			for {
 				n, err := from.Read(room)
@@ -94,11 +98,11 @@ func (w *faulty) relay(a, b *net.TCPConn) {
 				case i == 1 && w.fault.silent:
 					<-w.over
 				case i == 1 && w.fault.ending != nil:
-					w.fault.ending(to)
-				case err == io.EOF:
+					w.fault.ending(to.TCPConn)
+				case err == io.EOF && !from.wasReset():
 					_ = to.CloseWrite()
 				default:
-					kernelConn{to}.Reset()
+					kernelConn{to.TCPConn}.Reset()
 				}
 				return
 			}
@@ -106,6 +110,47 @@ func (w *faulty) relay(a, b *net.TCPConn) {
 	}
 	both.Wait()
 	_, _ = a.Close(), b.Close()
+}
+
+// relayed is an end of the relay. The kernel tells one system call of a reset,
+// and any read after it of a clean end: a write that was told remembers it.
+type relayed struct {
+	*net.TCPConn
+	mu    sync.Mutex // held in each write's system call
+	reset bool
+}
+
+func (c *relayed) Write(p []byte) (n int, err error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	rawErr := raw.Write(func(fd uintptr) bool {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		for n < len(p) {
+			var m int
+			m, err = unix.Write(int(fd), p[n:])
+			switch {
+			case err == nil:
+				n += m
+			case err == unix.EAGAIN:
+				return false
+			case err != unix.EINTR:
+				c.reset = c.reset || errors.Is(asReset(err), errReset)
+				return true
+			}
+		}
+		return true
+	})
+	return n, errors.Join(err, rawErr)
+}
+
+// wasReset says whether a write was told so.
+func (c *relayed) wasReset() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.reset
 }
 
 func (w *faulty) routes() []string                   { return []string{"a relay"} }

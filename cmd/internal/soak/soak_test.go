@@ -12,26 +12,12 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/ztun/ztun/netstack"
 	"github.com/ztun/ztun/tun/netnstest"
 	"github.com/ztun/ztun/tun/tuntest"
 )
 
-// leakChecked fails a run that leaves goroutines behind.
-type leakChecked struct{ m *testing.M }
-
-func (l leakChecked) Run() int {
-	code := l.m.Run()
-	if err := goleak.Find(); code == 0 && err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	return code
-}
-
-func TestMain(m *testing.M) { netnstest.Main(leakChecked{m}) }
+func TestMain(m *testing.M) { netnstest.MainLeaks(m) }
 
 var (
 	minutes = flag.Float64("minutes", 0, "how long to soak; 0: every kind of connection once in each world")
