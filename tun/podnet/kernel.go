@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strings"
 	"time"
 
@@ -114,35 +113,8 @@ func duplicate(f *os.File) (*os.File, error) {
 	return os.NewFile(uintptr(dup), f.Name()), nil
 }
 
-// inside runs f on a thread in the namespace. The thread ends with f, and is never the first one, which /proc/self shows and
-// which would be kept for ever. f must not start goroutines that make sockets.
-func (k *kernel) inside(f func() error) error {
-	done := make(chan error, 1)
-	body := func() {
-		err := unix.Setns(int(k.ns.Fd()), unix.CLONE_NEWNET)
-		if err != nil {
-			done <- fmt.Errorf("enter namespace: %w", err)
-			return
-		}
-		done <- f()
-	}
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != os.Getpid() {
-			body()
-			return
-		}
-		next := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			close(next)
-			body()
-		}()
-		<-next
-		runtime.UnlockOSThread()
-	}()
-	return <-done
-}
+// inside runs f on a thread in the namespace.
+func (k *kernel) inside(f func() error) error { return Inside(k.ns, f) }
 
 // request runs one netlink request. each may be nil.
 func (k *kernel) request(ctx context.Context, proto, msgType, flags int, fill func(*nl.NetlinkRequest), each func(m []byte) error) error {

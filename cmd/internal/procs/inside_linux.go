@@ -5,11 +5,12 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"runtime"
 	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/ztun/ztun/tun/podnet"
 )
 
 // netlinkTimeout bounds one request to the kernel.
@@ -38,48 +39,13 @@ func identifyPath(dir int, path string) (nsID, error) {
 	return nsID{st.Dev, st.Ino}, nil
 }
 
-// inside runs f on a thread in a namespace. The thread ends with f, and is never
-// the first one, which would be kept.
-func inside(ns *os.File, f func() error) error {
-	done := make(chan error, 1)
-	body := func() {
-		rc, err := ns.SyscallConn()
-		if err == nil {
-			var setErr error
-			err = rc.Control(func(fd uintptr) { setErr = unix.Setns(int(fd), unix.CLONE_NEWNET) })
-			err = errors.Join(err, setErr)
-		}
-		if err != nil {
-			done <- fmt.Errorf("enter namespace: %w", err)
-			return
-		}
-		done <- f()
-	}
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != os.Getpid() {
-			body()
-			return
-		}
-		next := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			close(next)
-			body()
-		}()
-		<-next
-		runtime.UnlockOSThread()
-	}()
-	return <-done
-}
-
 // dumpTries is how often a list is asked for again that changed while it was read.
 const dumpTries = 8
 
 // addresses lists those of all interfaces of a namespace.
 func addresses(ns *os.File) (out []netip.Addr, err error) {
 	var h *netlink.Handle
-	err = inside(ns, func() (err error) {
+	err = podnet.Inside(ns, func() (err error) {
 		h, err = netlink.NewHandle(unix.NETLINK_ROUTE)
 		return err
 	})

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/ztun/ztun/cmd/internal/owner"
+	"github.com/ztun/ztun/tun/podnet"
 )
 
 // Owner says who owns a TCP socket of the host, in the words of the proxy's
@@ -77,7 +78,7 @@ func NewOwners(hostNetns *os.File, proc string) (*Owners, error) {
 	if hostNetns == nil {
 		err = open()
 	} else {
-		err = inside(hostNetns, open)
+		err = podnet.Inside(hostNetns, open)
 	}
 	if err == nil {
 		// A kernel without TCP diagnosis says ENOENT, as if there were no
