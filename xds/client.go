@@ -18,6 +18,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/ztun/ztun/tunnel/complaints"
 	"github.com/ztun/ztun/tunnel/token"
 )
 
@@ -28,8 +29,6 @@ const (
 	goodStream = 10 * time.Second
 	// For so long after the start nothing that fails is a warning.
 	quietStart = 5 * time.Second
-	// A failure that goes on is logged so often.
-	remindEvery = 5 * time.Minute
 )
 
 // A Client keeps one stream to the control plane, see the package.
@@ -52,8 +51,8 @@ type Client struct {
 	roots    *x509.CertPool // Of the last connection.
 	hasRoots bool           // A nil pool means the system's.
 	toldOnce bool           // that something fails at the start
-	ends     complaints
-	rootEnds complaints
+	ends     complaints.Book
+	rootEnds complaints.Book
 }
 
 // New checks the configuration. Nothing happens before Run.
@@ -120,7 +119,7 @@ func (c *Client) level(end Termination, err error, now time.Time) slog.Level {
 	case quiet && !c.toldOnce:
 		c.toldOnce = true
 		return slog.LevelInfo
-	case quiet || !c.ends.news(err, now):
+	case quiet || !c.ends.News(err, now):
 		return slog.LevelDebug
 	}
 	return slog.LevelWarn
@@ -172,10 +171,10 @@ func (c *Client) connect() (*grpc.ClientConn, error) {
 	roots, err := loadRoots(c.config.RootCA)
 	switch {
 	case err == nil:
-		c.roots, c.hasRoots, c.rootEnds = roots, true, nil
+		c.roots, c.hasRoots, c.rootEnds = roots, true, complaints.Book{}
 	case !c.hasRoots:
 		return nil, err
-	case c.rootEnds.news(err, time.Now()):
+	case c.rootEnds.News(err, time.Now()):
 		c.log.Warn("root certificates of the control plane not reloaded; the earlier ones serve on", "error", err)
 	}
 	return c.config.connect(c.roots)
@@ -221,7 +220,7 @@ func (c *Client) serve(stream deltaStream) error {
 		if first {
 			// Not before: an istiod that refuses us lets us open the stream too.
 			c.log.Info("stream to the control plane opened", "id", c.streams, "address", c.config.Address)
-			c.answered, c.ends = true, nil
+			c.answered, c.ends = true, complaints.Book{}
 			if c.config.Answered != nil {
 				c.config.Answered()
 			}
@@ -299,30 +298,4 @@ func classify(err error) Termination {
 		}
 	}
 	return Error
-}
-
-// complaints are lines of the log that are not repeated for a while. A server
-// that is away fails in more than one way by turns.
-type complaints map[string]time.Time
-
-// maxComplaints bounds what complaints remember.
-const maxComplaints = 16
-
-// news reports whether err is to be logged at now. Numbers make no difference:
-// most are ports.
-func (c *complaints) news(err error, now time.Time) bool {
-	text := strings.Map(func(r rune) rune {
-		if r >= '0' && r <= '9' {
-			return -1
-		}
-		return r
-	}, err.Error())
-	if told, ok := (*c)[text]; ok && now.Sub(told) < remindEvery {
-		return false
-	}
-	if *c == nil || len(*c) >= maxComplaints {
-		*c = make(complaints)
-	}
-	(*c)[text] = now
-	return true
 }

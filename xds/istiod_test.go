@@ -365,16 +365,6 @@ func TestFailureAfterASuccessIsTold(t *testing.T) {
 	}
 }
 
-// An error that differs each time costs no memory without a bound.
-func TestComplaintsAreBounded(t *testing.T) {
-	var c complaints
-	for n := range 1000 {
-		if !c.news(fmt.Errorf("%c", 'A'+n), time.Unix(1000, 0)) || len(c) > maxComplaints {
-			t.Fatalf("complaint %d: %d are remembered", n, len(c))
-		}
-	}
-}
-
 // The roots are a mounted ConfigMap, which Kubernetes swaps as a directory, and
 // the token a projected volume, which it swaps alike.
 func TestKubernetesSwapsTheDirectories(t *testing.T) {

@@ -4,9 +4,9 @@ import (
 	"container/heap"
 	"context"
 	"fmt"
-	"strings"
 	"time"
 
+	"github.com/ztun/ztun/tunnel/complaints"
 	"github.com/ztun/ztun/tunnel/identity"
 )
 
@@ -16,15 +16,15 @@ import (
 type entry struct {
 	id       identity.ID
 	born     time.Time
-	cert     *Certificate // the last one fetched; may have expired
-	err      error        // of the last fetch
-	tried    time.Time    // the end of the last fetch
-	failures int          // in a row
-	forming  bool         // the failure is what one expects of a new pod
-	told     complaints   // what was logged of the failures
-	due      time.Time    // of the next fetch
-	priority Priority     // of the next fetch
-	gone     error        // why it was dropped
+	cert     *Certificate    // the last one fetched; may have expired
+	err      error           // of the last fetch
+	tried    time.Time       // the end of the last fetch
+	failures int             // in a row
+	forming  bool            // the failure is what one expects of a new pod
+	told     complaints.Book // what was logged of the failures
+	due      time.Time       // of the next fetch
+	priority Priority        // of the next fetch
+	gone     error           // why it was dropped
 
 	queue  *queue             // nil: in none
 	index  int                // in queue
@@ -33,32 +33,6 @@ type entry struct {
 	// changed is closed when a fetch ended, and then replaced, or when the
 	// entry was dropped.
 	changed chan struct{}
-}
-
-// complaints are lines of the log that are not repeated for a while. A server
-// that is away fails in more than one way by turns.
-type complaints map[string]time.Time
-
-// maxComplaints bounds what complaints remember.
-const maxComplaints = 16
-
-// news reports whether err is to be logged at now. Numbers make no difference:
-// most are ports.
-func (c *complaints) news(err error, now time.Time) bool {
-	text := strings.Map(func(r rune) rune {
-		if r >= '0' && r <= '9' {
-			return -1
-		}
-		return r
-	}, err.Error())
-	if told, ok := (*c)[text]; ok && now.Sub(told) < remindEvery {
-		return false
-	}
-	if *c == nil || len(*c) >= maxComplaints {
-		*c = make(complaints)
-	}
-	(*c)[text] = now
-	return true
 }
 
 // outcome is what somebody who asks gets; done is false as long as they have to

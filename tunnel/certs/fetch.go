@@ -10,6 +10,8 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/ztun/ztun/tunnel/complaints"
 )
 
 // dispatch starts the fetches that there is work and a place for, and returns
@@ -58,7 +60,7 @@ func (m *Manager) fetch(ctx context.Context, e *entry) {
 	level := slog.LevelWarn
 	if err == nil {
 		e.succeeded(cert, now)
-		m.told = nil
+		m.told = complaints.Book{}
 		m.retryLocked(now, unreachable)
 	} else {
 		e.failed(err, now, m.cfg.QuietFor)
@@ -66,7 +68,7 @@ func (m *Manager) fetch(ctx context.Context, e *entry) {
 		if unreachable(err) {
 			told = &m.told // It has nothing to do with this identity.
 		}
-		if e.forming || !told.news(err, now) {
+		if e.forming || !told.News(err, now) {
 			level = slog.LevelDebug
 		}
 	}
@@ -135,7 +137,7 @@ func unreachable(err error) bool {
 // at half of what is left, but never without a pause.
 func (e *entry) succeeded(cert *Certificate, now time.Time) {
 	e.cert, e.err, e.priority, e.failures = cert, nil, Background, 0
-	e.tried, e.forming, e.told = now, false, nil
+	e.tried, e.forming, e.told = now, false, complaints.Book{}
 	if e.due = cert.refreshAt(); !e.due.After(now) {
 		e.due = now.Add(max(cert.NotAfter.Sub(now)/2, firstRetry))
 	}

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/structpb"
 
+	"github.com/ztun/ztun/tunnel/complaints"
 	"github.com/ztun/ztun/tunnel/identity"
 	"github.com/ztun/ztun/tunnel/token"
 )
@@ -97,7 +98,7 @@ type IstioCA struct {
 	mu     sync.Mutex
 	link   *link  // nil: none yet, or the last one failed
 	roots  string // of the last link
-	told   complaints
+	told   complaints.Book
 	closed bool
 }
 
@@ -219,12 +220,12 @@ func (c *IstioCA) acquire() (*link, error) {
 		err = c.connectLocked(text)
 	}
 	if err == nil {
-		c.told = nil
+		c.told = complaints.Book{}
 	} else {
 		if c.roots == "" {
 			return nil, err
 		}
-		if c.told.news(err, time.Now()) {
+		if c.told.News(err, time.Now()) {
 			c.cfg.Log.Warn("root certificates of the CA not reloaded; the earlier ones serve on", "error", err)
 		}
 		if err := c.connectLocked(c.roots); err != nil {

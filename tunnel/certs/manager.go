@@ -11,6 +11,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/ztun/ztun/tunnel/complaints"
 	"github.com/ztun/ztun/tunnel/identity"
 )
 
@@ -55,9 +56,6 @@ const (
 	retryJitter = 0.2
 )
 
-// remindEvery is how often one failure that goes on is logged.
-const remindEvery = 5 * time.Minute
-
 // maxSleep bounds how late a renewal is after the wall clock was set, or the
 // machine slept: certificates live by the wall clock, timers do not.
 const maxSleep = time.Minute
@@ -88,7 +86,7 @@ type Manager struct {
 	now      queue // entries that wait for a place, by priority
 	fetching int
 	waiters  int
-	told     complaints // of a CA that does not answer
+	told     complaints.Book // of a CA that does not answer
 	running  bool
 	closed   bool
 }
