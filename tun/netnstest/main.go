@@ -21,6 +21,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
@@ -42,6 +43,20 @@ const (
 	envChild = "ZTUN_NETNSTEST_CHILD"
 	envCI    = "CI"
 )
+
+// MainLeaks is Main, and fails a run that passes and leaves goroutines behind.
+func MainLeaks(m interface{ Run() int }) { Main(leakChecked{m}) }
+
+type leakChecked struct{ m interface{ Run() int } }
+
+func (l leakChecked) Run() int {
+	code := l.m.Run()
+	if err := goleak.Find(); code == 0 && err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return code
+}
 
 // Main runs the tests of a package and exits, like os.Exit(m.Run()). m is a *testing.M, or a wrapper that checks
 // something around its Run.

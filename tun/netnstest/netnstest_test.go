@@ -10,25 +10,10 @@ import (
 	"time"
 
 	"github.com/ztun/ztun/tun/netnstest"
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
-type leakChecked struct{ m *testing.M }
-
-func (l leakChecked) Run() int {
-	code := l.m.Run()
-	if code != 0 {
-		return code
-	}
-	if err := goleak.Find(); err != nil {
-		_, _ = io.WriteString(os.Stderr, err.Error()+"\n")
-		return 1
-	}
-	return 0
-}
-
-func TestMain(m *testing.M) { netnstest.Main(leakChecked{m}) }
+func TestMain(m *testing.M) { netnstest.MainLeaks(m) }
 
 func inode(t *testing.T, path string) uint64 {
 	t.Helper()

@@ -15,25 +15,10 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/ztun/ztun/tun/netnstest"
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 )
 
-type leakChecked struct{ m *testing.M }
-
-func (l leakChecked) Run() int {
-	code := l.m.Run()
-	if code != 0 {
-		return code
-	}
-	if err := goleak.Find(); err != nil {
-		_, _ = io.WriteString(os.Stderr, err.Error()+"\n")
-		return 1
-	}
-	return 0
-}
-
-func TestMain(m *testing.M) { netnstest.Main(leakChecked{m}) }
+func TestMain(m *testing.M) { netnstest.MainLeaks(m) }
 
 // Addresses of every test. The peer is the pod's only neighbour and its way to everything else.
 var (

@@ -5,22 +5,8 @@ import (
 	"os"
 	"testing"
 
-	"go.uber.org/goleak"
-
 	"github.com/ztun/ztun/tun/netnstest"
 )
-
-// A suite also fails when goroutines are left.
-type suite struct{ *testing.M }
-
-func (s suite) Run() int {
-	code := s.M.Run()
-	if err := goleak.Find(); code == 0 && err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
-	}
-	return code
-}
 
 // TestMain makes this binary what the bench starts: a worker, the attach side
 // of a node, or the other proxy.
@@ -33,7 +19,7 @@ func TestMain(m *testing.M) {
 	case len(os.Args) == 2 && os.Args[1] == "transparent":
 		run = runTransparent
 	default:
-		netnstest.Main(suite{m})
+		netnstest.MainLeaks(m)
 		return
 	}
 	if err := run(); err != nil {

@@ -2,7 +2,6 @@ package procs
 
 import (
 	"fmt"
-	"io"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -10,26 +9,10 @@ import (
 	"strings"
 	"testing"
 
-	"go.uber.org/goleak"
-
 	"github.com/ztun/ztun/tun/netnstest"
 )
 
-type leakChecked struct{ m *testing.M }
-
-func (l leakChecked) Run() int {
-	code := l.m.Run()
-	if code != 0 {
-		return code
-	}
-	if err := goleak.Find(); err != nil {
-		_, _ = io.WriteString(os.Stderr, err.Error()+"\n")
-		return 1
-	}
-	return 0
-}
-
-func TestMain(m *testing.M) { netnstest.Main(leakChecked{m}) }
+func TestMain(m *testing.M) { netnstest.MainLeaks(m) }
 
 const (
 	uidA = "0a1b2c3d-0000-4000-8000-00000000000a"

@@ -4,13 +4,11 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
-	"io"
 	"net/netip"
 	"os"
 	"sync"
 	"testing"
 
-	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
 
 	"github.com/ztun/ztun/cmd/internal/zds"
@@ -18,21 +16,7 @@ import (
 	"github.com/ztun/ztun/tun/netnstest"
 )
 
-type leakChecked struct{ m *testing.M }
-
-func (l leakChecked) Run() int {
-	code := l.m.Run()
-	if code != 0 {
-		return code
-	}
-	if err := goleak.Find(); err != nil {
-		_, _ = io.WriteString(os.Stderr, err.Error()+"\n")
-		return 1
-	}
-	return 0
-}
-
-func TestMain(m *testing.M) { netnstest.Main(leakChecked{m}) }
+func TestMain(m *testing.M) { netnstest.MainLeaks(m) }
 
 var (
 	pod4, pod6   = netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd01::2")
