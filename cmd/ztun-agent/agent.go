@@ -13,9 +13,7 @@ import (
 	"sync"
 	"time"
 
-	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/kubernetes"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/ztun/ztun/cmd/internal/agent"
 	"github.com/ztun/ztun/cmd/internal/cni"
@@ -95,7 +93,7 @@ func (n *node) build() (err error) {
 	if err != nil {
 		return fmt.Errorf("config: AMBIENT_ENABLEMENT_SELECTOR: %w", err)
 	}
-	if n.client, err = newClient(cfg.Kubeconfig); err != nil {
+	if n.client, err = enrol.NewClient(cfg.Kubeconfig, "ztun-agent"); err != nil {
 		return err
 	}
 	for _, dir := range []string{cfg.RunDir, filepath.Dir(cfg.Socket)} {
@@ -138,27 +136,6 @@ func (n *node) build() (err error) {
 		Log:   n.log,
 	})
 	return err
-}
-
-// newClient is that of the pod in its cluster, or of a kubeconfig outside.
-func newClient(kubeconfig string) (kubernetes.Interface, error) {
-	const userAgent = "ztun-agent"
-	if kubeconfig == "" {
-		return enrol.NewClient(userAgent)
-	}
-	cfg, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
-	if err != nil {
-		return nil, fmt.Errorf("config: KUBECONFIG: %w", err)
-	}
-	cfg.QPS, cfg.Burst = 80, 160 // Istio's.
-	cfg.UserAgent = userAgent
-	cfg.ContentType = runtime.ContentTypeProtobuf
-	cfg.AcceptContentTypes = runtime.ContentTypeProtobuf + "," + runtime.ContentTypeJSON
-	client, err := kubernetes.NewForConfig(cfg)
-	if err != nil {
-		return nil, fmt.Errorf("config: KUBECONFIG: %w", err)
-	}
-	return client, nil
 }
 
 // isProbe says whether a connection that a node's address opens is a kubelet's.
