@@ -23,6 +23,7 @@ import (
 	"github.com/ztun/ztun/cmd/internal/enrol/marks"
 	"github.com/ztun/ztun/cmd/internal/owner"
 	"github.com/ztun/ztun/cmd/internal/procs"
+	"github.com/ztun/ztun/cmd/internal/socket"
 	"github.com/ztun/ztun/cmd/internal/standin"
 )
 
@@ -115,7 +116,7 @@ func (n *node) build() (err error) {
 	if err != nil {
 		return err
 	}
-	n.askSocket, err = agent.Listen(filepath.Join(filepath.Dir(cfg.Socket), owner.SocketName), cfg.ProxyUID, cfg.ProxyGID)
+	n.askSocket, err = socket.Listen("unixpacket", filepath.Join(filepath.Dir(cfg.Socket), owner.SocketName), cfg.ProxyUID, cfg.ProxyGID)
 	if err != nil {
 		return err
 	}

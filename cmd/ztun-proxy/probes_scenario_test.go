@@ -16,6 +16,7 @@ import (
 	"github.com/ztun/ztun/cmd/internal/agent"
 	"github.com/ztun/ztun/cmd/internal/owner"
 	"github.com/ztun/ztun/cmd/internal/procs"
+	"github.com/ztun/ztun/cmd/internal/socket"
 	"github.com/ztun/ztun/cmd/internal/standin"
 	"github.com/ztun/ztun/tun/netnstest"
 )
@@ -26,7 +27,7 @@ var hostAddr = netip.MustParseAddr("10.1.0.1")
 // answerQuestions is the agent's side of the owner's socket.
 func (n *node) answerQuestions(owners *procs.Owners) (stop func()) {
 	n.Helper()
-	l, err := agent.Listen(filepath.Join(n.dir, owner.SocketName), 0, 0)
+	l, err := socket.Listen("unixpacket", filepath.Join(n.dir, owner.SocketName), 0, 0)
 	if err != nil {
 		n.Fatal(err)
 	}

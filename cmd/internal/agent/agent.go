@@ -43,6 +43,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/ztun/ztun/cmd/internal/socket"
 	"github.com/ztun/ztun/cmd/internal/zds"
 	"github.com/ztun/ztun/tun/podnet"
 )
@@ -172,7 +173,7 @@ func New(cfg Config) (*Agent, error) {
 		// The rest goes on: a file that cannot be read must not stop the node.
 		cfg.Log.Error("state of an earlier agent", "error", err)
 	}
-	l, err := Listen(cfg.Socket, cfg.SocketUID, cfg.SocketGID)
+	l, err := socket.Listen("unixpacket", cfg.Socket, cfg.SocketUID, cfg.SocketGID)
 	if err != nil {
 		return nil, err
 	}

@@ -142,31 +142,3 @@ func TestPodValidate(t *testing.T) {
 		t.Error(err)
 	}
 }
-
-func TestListenReplacesSocket(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "sub", "agent.sock")
-	for range 2 {
-		l, err := Listen(path, 0, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		info, err := os.Lstat(path)
-		if err != nil || info.Mode().Perm() != 0o600 || info.Mode()&os.ModeSocket == 0 {
-			t.Errorf("socket = %v, %v", info.Mode(), err)
-		}
-		_ = l.Close() // As a process that dies, it leaves the socket behind.
-	}
-	entries, err := os.ReadDir(filepath.Dir(path))
-	if err != nil || len(entries) != 1 {
-		t.Errorf("left behind: %v, %v", entries, err)
-	}
-	if err := os.Remove(path); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Listen(path, 0, 0); err == nil {
-		t.Error("a file that is not a socket was replaced")
-	}
-}

@@ -34,6 +34,7 @@ var rows = map[string]float64{
 	"cmd/internal/zds/zdsapi":  4.1,
 	"cmd/internal/procs":       4.1,
 	"cmd/internal/owner":       4.05,
+	"cmd/internal/socket":      4.05,
 	"cmd/internal/config":      4,
 
 	"tunnel":       3,
@@ -60,7 +61,7 @@ var rows = map[string]float64{
 }
 
 // alone are the packages that import nothing of ours.
-var alone = []string{"cmd/internal/config", "cmd/internal/arch", "tunnel/complaints", "tunnel/identity", "tunnel/splice", "tunnel/token", "xds/workloadapi", "xds/securityapi"}
+var alone = []string{"cmd/internal/config", "cmd/internal/arch", "cmd/internal/socket", "tunnel/complaints", "tunnel/identity", "tunnel/splice", "tunnel/token", "xds/workloadapi", "xds/securityapi"}
 
 // A vocabulary is a foreign module, or a generated package of ours, and the
 // only packages whose own files may import it. Tests may: the far end of

@@ -8,8 +8,6 @@ import (
 	"maps"
 	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strconv"
 	"sync"
 	"time"
@@ -17,6 +15,7 @@ import (
 	"golang.org/x/net/netutil"
 
 	"github.com/ztun/ztun/cmd/internal/cni/wire"
+	"github.com/ztun/ztun/cmd/internal/socket"
 )
 
 const (
@@ -44,7 +43,7 @@ type Server struct {
 	counts map[string]uint64 // By response code.
 }
 
-// NewServer makes a server. Run opens the socket, whose folder must exist.
+// NewServer makes a server. Run opens the socket.
 func NewServer(socket string, e Enroller, log *slog.Logger) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -62,7 +61,7 @@ func (s *Server) Counts() map[string]uint64 {
 // Run serves until ctx ends, and returns when no request is under way. It
 // leaves the socket's file: the next agent may have put its own there.
 func (s *Server) Run(ctx context.Context) error {
-	l, err := listen(s.socket)
+	l, err := socket.Listen("unix", s.socket, 0, 0)
 	if err != nil {
 		return err
 	}
@@ -138,39 +137,4 @@ func (s *Server) enrol(ctx context.Context, req Request) (err error) {
 		}
 	}()
 	return s.enroller.Enrol(ctx, req)
-}
-
-// listen makes the socket. It takes the place of an older one at once, and is
-// never open to others, not even for a moment.
-func listen(path string) (*net.UnixListener, error) {
-	if info, err := os.Lstat(path); err == nil && info.Mode()&os.ModeSocket == 0 {
-		return nil, fmt.Errorf("cni: socket: %s exists and is not a socket", path)
-	}
-	// Its mode is that of the directory it is made in until it is changed.
-	dir, err := os.MkdirTemp(filepath.Dir(path), ".s")
-	if err != nil {
-		return nil, fmt.Errorf("cni: socket: %w", err)
-	}
-	defer os.RemoveAll(dir)
-	d, err := os.Open(dir)
-	if err != nil {
-		return nil, fmt.Errorf("cni: socket: %w", err)
-	}
-	defer d.Close()
-	// The name that is bound has to fit 107 bytes even if path just does.
-	name := fmt.Sprintf("/proc/self/fd/%d/s", d.Fd())
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: name, Net: "unix"})
-	if err != nil {
-		return nil, fmt.Errorf("cni: socket: %w", err)
-	}
-	l.SetUnlinkOnClose(false)
-	tmp := filepath.Join(dir, "s")
-	if err = os.Chmod(tmp, 0o600); err == nil {
-		err = os.Rename(tmp, path)
-	}
-	if err != nil {
-		_ = l.Close()
-		return nil, fmt.Errorf("cni: socket: %w", err)
-	}
-	return l, nil
 }

@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/ztun/ztun/cmd/internal/cni/wire"
+	"github.com/ztun/ztun/cmd/internal/socket"
 )
 
 const event = `{"Netns":"/var/run/netns/cni-1","PodName":"a-1","PodNamespace":"demo","PodUID":"u-1","IPs":[{"Address":"10.1.0.5/24"}]}`
@@ -116,7 +117,7 @@ func TestServerIsRootsAlone(t *testing.T) {
 	if err != nil || info.Mode() != os.ModeSocket|0o600 {
 		t.Errorf("the socket is %v, %v", info.Mode(), err)
 	}
-	next, err := listen(s.socket)
+	next, err := socket.Listen("unix", s.socket, 0, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,19 +126,12 @@ func TestServerIsRootsAlone(t *testing.T) {
 	if after, err := os.Stat(s.socket); err != nil || os.SameFile(info, after) {
 		t.Errorf("the next server's socket: %v", err)
 	}
-	entries, err := os.ReadDir(filepath.Dir(s.socket))
-	if err != nil || len(entries) != 1 {
-		t.Errorf("left beside the socket: %v, %v", entries, err)
-	}
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listen(file); err == nil || !strings.Contains(err.Error(), "not a socket") {
-		t.Errorf("listen on a file = %v", err)
-	}
-	if err := NewServer(filepath.Join(t.TempDir(), "no", "socket"), nil, nil).Run(context.Background()); err == nil {
-		t.Error("a server without a folder runs")
+	if err := NewServer(file, nil, nil).Run(context.Background()); err == nil {
+		t.Error("a server without a socket runs")
 	}
 }
 
