@@ -195,23 +195,32 @@ func (p *place) identity(name string) string {
 func (p *place) logged(words ...string) {
 	p.t.Helper()
 	p.wait(fmt.Sprintf("a log line with %q", words), func() error {
-		proxies, err := world.PodsOf(p.ctx, system, "app=ztunnel")
-		if err != nil {
-			return err
+		n, err := p.countLines(words...)
+		if err == nil && n == 0 {
+			err = errors.New("no such line yet")
 		}
-		for _, proxy := range proxies {
-			text, err := world.Logs(p.ctx, system, proxy.Name, "istio-proxy")
-			if err != nil {
-				return err
-			}
-			for line := range strings.Lines(text) {
-				if containsAll(line, words) {
-					return nil
-				}
-			}
-		}
-		return errors.New("no such line yet")
+		return err
 	})
+}
+
+// countLines counts the lines with all the words that the proxies which run now have logged.
+func (p *place) countLines(words ...string) (n int, err error) {
+	proxies, err := world.PodsOf(p.ctx, system, "app=ztunnel")
+	if err != nil {
+		return 0, err
+	}
+	for _, proxy := range proxies {
+		text, err := world.Logs(p.ctx, system, proxy.Name, "istio-proxy")
+		if err != nil {
+			return 0, err
+		}
+		for line := range strings.Lines(text) {
+			if containsAll(line, words) {
+				n++
+			}
+		}
+	}
+	return n, nil
 }
 
 func containsAll(line string, words []string) bool {
@@ -263,6 +272,14 @@ func (p *place) begin(from string, command ...string) *session {
 	return s
 }
 
+// wantOpen wants the client to be running still.
+func (s *session) wantOpen(what string) {
+	s.t.Helper()
+	if len(s.done) != 0 {
+		s.t.Errorf("%s ended before its time: %s", what, s.stdout.String())
+	}
+}
+
 // end waits for the client and reads its result.
 func (s *session) end(result any) {
 	s.t.Helper()
@@ -277,9 +294,9 @@ func (s *session) end(result any) {
 
 // loaded and echoed are what `app load` and `app echo` print.
 type loaded struct {
-	Sent, OK int
-	Longest  int64 `json:"longest_ms"`
-	Errors   map[string]int
+	Sent, OK      int
+	Longest       int64 `json:"longest_ms"`
+	Hosts, Errors map[string]int
 }
 
 type echoed struct {
