@@ -6,16 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/ztun/ztun/deploy/e2e/cluster"
-	"golang.org/x/sys/unix"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 )
@@ -32,43 +28,55 @@ func roll(ctx context.Context, t *testing.T, name string) {
 	}
 }
 
-// banish ends a DaemonSet's pods, while it still wants one on each node: the
-// new ones have an image that no node has. It returns how to bring them back.
-func banish(ctx context.Context, t *testing.T, name, selector, container string) (back func()) {
+// A daemon is one of the chart's DaemonSets.
+type daemon struct{ name, selector, container string }
+
+var (
+	proxies = daemon{proxyName, "app=ztunnel", "istio-proxy"}
+	agents  = daemon{agentName, "k8s-app=istio-cni-node", "install-cni"}
+)
+
+// banish ends a daemon on one node, while it is still wanted there: its new pod
+// has an image that no node has. It returns how to bring it back.
+func banish(ctx context.Context, t *testing.T, d daemon, node string) (back func()) {
 	t.Helper()
-	set := func(ctx context.Context, image string) {
-		patch := fmt.Sprintf(`{"spec": {"template": {"spec": {"containers": [{"name": %q, "image": %q}]}}}}`, container, image)
-		if _, err := world.AppsV1().DaemonSets(system).Patch(ctx, name, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
-			t.Error(err)
-		}
-	}
-	pods := world.CoreV1().Pods(system)
-	set(ctx, "e2e.test/none:1")
-	if err := pods.DeleteCollection(ctx, metav1.DeleteOptions{}, metav1.ListOptions{LabelSelector: selector}); err != nil {
+	return change(ctx, t, d, node, fmt.Sprintf(`{"containers": [{"name": %q, "image": "e2e.test/none:1"}]}`, d.container))
+}
+
+// change starts a daemon's pod of one node again with a changed spec, waits until
+// the old one is gone, and returns how to undo it. The other node's stays.
+func change(ctx context.Context, t *testing.T, d daemon, node, spec string) (back func()) {
+	t.Helper()
+	was, err := world.AppsV1().DaemonSets(system).Get(ctx, d.name, metav1.GetOptions{})
+	if err != nil {
 		t.Fatal(err)
 	}
-	p := &place{t: t, ctx: ctx}
-	p.wait("no pod of "+name+" to run", func() error {
-		list, err := pods.List(ctx, metav1.ListOptions{LabelSelector: selector})
-		if err != nil {
-			return err
-		}
-		for _, pod := range list.Items {
-			for _, s := range pod.Status.ContainerStatuses {
-				if s.State.Running != nil {
-					return fmt.Errorf("%s runs", pod.Name)
-				}
-			}
-		}
-		return nil
+	undo, err := json.Marshal([]map[string]any{
+		{"op": "replace", "path": "/spec/template", "value": was.Spec.Template},
+		{"op": "replace", "path": "/spec/updateStrategy", "value": was.Spec.UpdateStrategy},
 	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pods, err := world.PodsOf(ctx, system, d.selector)
+	if err != nil || pods[node] == nil {
+		t.Fatalf("%s on %s: %v, %v", d.name, node, pods[node], err)
+	}
+	patch := `{"spec": {"updateStrategy": {"type": "OnDelete", "rollingUpdate": null}, "template": {"spec": ` + spec + `}}}`
+	if _, err := world.AppsV1().DaemonSets(system).Patch(ctx, d.name, types.StrategicMergePatchType, []byte(patch), metav1.PatchOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	p := &place{t: t, ctx: ctx, name: system}
+	p.remove(pods[node].Name)
 	return sync.OnceFunc(func() {
 		t.Helper()
 		// The case may have ended meanwhile, the cluster goes on.
 		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
-		set(ctx, cluster.ZtunImage)
-		if err := world.Rolled(ctx, system, name); err != nil {
+		if _, err := world.AppsV1().DaemonSets(system).Patch(ctx, d.name, types.JSONPatchType, undo, metav1.PatchOptions{}); err != nil {
+			t.Error(err)
+		}
+		if err := world.Rolled(ctx, system, d.name); err != nil {
 			t.Error(err)
 		}
 	})
@@ -143,7 +151,7 @@ func TestAgentMissing(t *testing.T) {
 	p := newPlace(ctx, t, ambient)
 	p.run(pod{name: "old", node: "node2"})
 	p.enrolled("old")
-	back := banish(ctx, t, agentName, "k8s-app=istio-cni-node", "install-cni")
+	back := banish(ctx, t, agents, "node1")
 	t.Cleanup(back)
 	p.start(pod{name: "new", node: "node1"})
 	p.wait("the kubelet to be refused", func() error {
@@ -162,51 +170,6 @@ func TestAgentMissing(t *testing.T) {
 	}
 	p.enrolled("new")
 	p.until("the new pod in the mesh", works, "new", "get", "http://old/")
-}
-
-func TestKilled(t *testing.T) {
-	ctx := claim(t, "after kill -9 of both proxies nothing leaves in plain text, and all comes back")
-	mesh(t)
-	p := newPlace(ctx, t, ambient)
-	p.run(pod{name: "client", node: "node1"}, pod{name: "server", node: "node2"})
-	p.enrolled("client", "server")
-	p.until("a way to the server", works, "client", "get", "http://server/")
-	w, err := world.Nodes[0].Wire()
-	if err != nil {
-		t.Fatal(err)
-	}
-	running := p.begin("client", "load", "-for=10s", "-rate=10", "-timeout=2s", "http://server/")
-	if n := kill(t, "ztun-proxy"); n == 0 {
-		t.Fatal("no proxy ran")
-	}
-	var l loaded
-	running.end(&l)
-	t.Logf("%d of %d requests while both proxies were killed: %v", l.OK, l.Sent, l.Errors)
-	p.until("the server again", works, "client", "get", "-timeout=2s", "http://server/")
-	wantOnlyHBONE(t, w.Close(), p.get("client").Status.PodIP, p.get("server").Status.PodIP)
-	if err := world.Rolled(ctx, system, proxyName); err != nil {
-		t.Error(err)
-	}
-}
-
-// kill ends at once every process of the cluster with that program's name, and says how many.
-func kill(t *testing.T, program string) (n int) {
-	t.Helper()
-	entries, err := os.ReadDir("/proc")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, e := range entries {
-		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
-			continue
-		}
-		comm, err := os.ReadFile("/proc/" + e.Name() + "/comm")
-		if err == nil && strings.TrimSpace(string(comm)) == program && unix.Kill(pid, unix.SIGKILL) == nil {
-			n++
-		}
-	}
-	return n
 }
 
 func TestIstiodDown(t *testing.T) {

@@ -3,10 +3,8 @@ package e2e
 import (
 	"errors"
 	"fmt"
-	"net"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/ztun/ztun/deploy/e2e/cluster"
 	corev1 "k8s.io/api/core/v1"
@@ -100,74 +98,3 @@ const workloadsYAML = `{apiVersion: batch/v1, kind: Job, metadata: {name: once, 
   selector: {matchLabels: {app: set}}, template: {metadata: {labels: {app: set}}, spec: {terminationGracePeriodSeconds: 1, containers: [
     {name: app, image: %[2]q, imagePullPolicy: Never, args: [serve], readinessProbe: {periodSeconds: 1, httpGet: {port: 8081, path: /}}}]}}}}
 `
-
-func TestEnrolRunning(t *testing.T) {
-	ctx := claim(t, "a connection survives that its pods come into the mesh, and that they leave it")
-	mesh(t)
-	p := newPlace(ctx, t)
-	p.run(pod{name: "client", node: "node1"}, pod{name: "server", node: "node2"})
-	p.until("a way to the server", works, "client", "tcp", "server:9001")
-	older := p.begin("client", "echo", "-for=10s", "server:9000")
-	p.apply("{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {%s}}}", p.name, ambient)
-	p.enrolled("client", "server")
-	var e echoed
-	older.end(&e)
-	t.Logf("older than the mesh: %d rounds, the slowest %d ms", e.Rounds, e.Longest)
-	if e.Error != "" {
-		t.Errorf("a connection older than the mesh after %d rounds: %s", e.Rounds, e.Error)
-	}
-	p.until("a way in the mesh", works, "client", "get", "http://server/")
-	p.logged(`direction="inbound"`, p.identity("client"), p.identity("server"))
-}
-
-func TestProxyAway(t *testing.T) {
-	ctx := claim(t, "two minutes without proxies: probes pass, no container restarts, nothing else gets through")
-	mesh(t)
-	p := newPlace(ctx, t, ambient)
-	probes := `livenessProbe: {periodSeconds: 1, failureThreshold: 3, httpGet: {port: 8081, path: /}}`
-	p.run(pod{name: "client", node: "node1", container: probes}, pod{name: "server", node: "node2", container: probes})
-	p.enrolled("client", "server")
-	p.until("a way to the server", works, "client", "get", "http://server/")
-	back := banish(ctx, t, proxyName, "app=ztunnel", "istio-proxy")
-	t.Cleanup(back)
-	p.steady(2*time.Minute, "client", "server")
-	if a := p.ask("client", "get", "-timeout=2s", "http://server/"); a.Error == "" {
-		t.Error("a request got through without proxies")
-	}
-	address := net.JoinHostPort(p.get("server").Status.PodIP, "8080")
-	if err := world.Nodes[0].Within(func() error { return dial(address) }); err == nil {
-		t.Error("plain text of the other node got through without proxies")
-	}
-	back()
-	p.until("the server again", works, "client", "get", "-timeout=2s", "http://server/")
-}
-
-func TestAgentAway(t *testing.T) {
-	ctx := claim(t, "two minutes without agents: probes pass, no container restarts, traffic goes on")
-	mesh(t)
-	p := newPlace(ctx, t, ambient)
-	probes := `livenessProbe: {periodSeconds: 1, failureThreshold: 3, httpGet: {port: 8081, path: /}}`
-	p.run(pod{name: "client", node: "node1", container: probes}, pod{name: "server", node: "node2", container: probes})
-	p.enrolled("client", "server")
-	p.until("a way to the server", works, "client", "get", "http://server/")
-	back := banish(ctx, t, agentName, "k8s-app=istio-cni-node", "install-cni")
-	t.Cleanup(back)
-	running := p.traffic("client", "server", 2*time.Minute)
-	p.steady(2*time.Minute, "client", "server")
-	running.whole(t)
-	back()
-}
-
-// steady wants pods ready and never restarted for a while: the time itself is what the case is about.
-func (p *place) steady(lasts time.Duration, names ...string) {
-	p.t.Helper()
-	for end := time.Now().Add(lasts); time.Now().Before(end); time.Sleep(time.Second) {
-		for _, name := range names {
-			for _, s := range p.get(name).Status.ContainerStatuses {
-				if s.RestartCount != 0 {
-					p.t.Fatalf("%s was started again", name)
-				}
-			}
-		}
-	}
-}
