@@ -70,13 +70,18 @@ func ask(ctx context.Context, client *http.Client, url string) Answer {
 	})
 }
 
+// dial connects from a port, or from any if it is 0.
+func dial(ctx context.Context, address string, source int, timeout time.Duration) (net.Conn, error) {
+	d := net.Dialer{Timeout: timeout}
+	if source != 0 {
+		d.LocalAddr = &net.TCPAddr{Port: source}
+	}
+	return d.DialContext(ctx, "tcp", address)
+}
+
 func banner(ctx context.Context, address string, timeout time.Duration, source int) Answer {
 	return attempt(func(a *Answer) error {
-		d := net.Dialer{Timeout: timeout}
-		if source != 0 {
-			d.LocalAddr = &net.TCPAddr{Port: source}
-		}
-		c, err := d.DialContext(ctx, "tcp", address)
+		c, err := dial(ctx, address, source, timeout)
 		if err != nil {
 			return err
 		}
@@ -117,10 +122,9 @@ type Echoed struct {
 
 // echo sends random blocks on one connection and wants each back unchanged.
 // It prints "open" once the first is back, so that a test knows when to begin.
-func echo(ctx context.Context, address string, lasts, timeout time.Duration) (e Echoed) {
+func echo(ctx context.Context, address string, source int, lasts, timeout time.Duration) (e Echoed) {
 	err := func() error {
-		d := net.Dialer{Timeout: timeout}
-		c, err := d.DialContext(ctx, "tcp", address)
+		c, err := dial(ctx, address, source, timeout)
 		if err != nil {
 			return err
 		}
@@ -166,6 +170,7 @@ type loadConfig struct {
 type Loaded struct {
 	Sent    int            `json:"sent"`
 	OK      int            `json:"ok"`
+	Hosts   map[string]int `json:"hosts"` // OK, by the pod that answered
 	Longest int64          `json:"longest_ms"`
 	Errors  map[string]int `json:"errors,omitempty"`
 }
@@ -175,7 +180,7 @@ type Loaded struct {
 func load(ctx context.Context, url string, cfg loadConfig) Loaded {
 	var (
 		mu      sync.Mutex
-		l       = Loaded{Errors: map[string]int{}}
+		l       = Loaded{Hosts: map[string]int{}, Errors: map[string]int{}}
 		pending sync.WaitGroup
 		client  = freshClient(cfg.Timeout, cfg.Keep)
 		tick    = time.NewTicker(time.Second / time.Duration(cfg.Rate))
@@ -196,6 +201,7 @@ func load(ctx context.Context, url string, cfg loadConfig) Loaded {
 				l.Errors[a.Error]++
 				return
 			}
+			l.Hosts[a.Seen.Host]++
 			if l.OK++; l.OK == 1 {
 				fmt.Println("open")
 			}

@@ -67,7 +67,7 @@ func run(ctx context.Context, command string, args []string) error {
 	case "grpc":
 		return show(health(ctx, arg, *timeout))
 	case "echo":
-		return show(echo(ctx, arg, *lasts, *timeout))
+		return show(echo(ctx, arg, *source, *lasts, *timeout))
 	case "load":
 		return show(load(ctx, arg, loadConfig{Rate: *rate, For: *lasts, Keep: *keep, Timeout: *timeout}))
 	case "sleep":
