@@ -66,6 +66,7 @@ func TestDetachLeavesNoTrace(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			e := newEnv(t)
 			prepare(e)
+			e.pod.Settled()
 			before := trace(t, e.pod)
 			e.attach(Config{CaptureDNS: true, VirtualInterfaces: []string{"vbr"}})
 			if during := trace(t, e.pod); during == before {
