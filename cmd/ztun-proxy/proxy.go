@@ -217,6 +217,13 @@ func (p *proxy) metrics(out *telemetry.Writer) *telemetry.Metrics {
 		"The total number of proxies that were started (unstable).", func() uint64 { return p.agent.Stats().Started })
 	m.Counter("workload_manager_proxies_stopped_total",
 		"The total number of proxies that were stopped (unstable).", func() uint64 { return p.agent.Stats().Stopped })
+	m.Gauge("ztun_agent_connected",
+		"1 while the node agent is connected. Without it the pods go on, and no new one is served (unstable).", func() float64 {
+			if p.agent.Stats().Connected {
+				return 1
+			}
+			return 0
+		})
 	m.Counter("ztun_agent_connections_total",
 		"Connections to the node agent (unstable).", func() uint64 { return p.agent.Stats().Connections })
 	m.Counter("ztun_agent_protocol_errors_total",

@@ -283,6 +283,23 @@ func (n *node) readiness() string {
 	return text
 }
 
+// wantAgent waits until the proxy knows whether there is an agent. It stays ready
+// without one.
+func (n *node) wantAgent(connected bool) {
+	n.Helper()
+	want := "\nztun_agent_connected 0.0\n"
+	if connected {
+		want = "\nztun_agent_connected 1.0\n"
+	}
+	eventually(n.T, "metrics with"+want, func() bool {
+		_, text, _ := n.http("GET", "15020", "/metrics")
+		return strings.Contains(text, want)
+	})
+	if text := n.readiness(); text != "ready\n" {
+		n.Errorf("agent connected: %v, readiness: %q", connected, text)
+	}
+}
+
 // connect opens a connection from pa to pb.
 func (n *node) connect() net.Conn {
 	n.Helper()
@@ -348,11 +365,11 @@ func TestProxyLife(t *testing.T) {
 		n.wantEcho("with a control plane again", live)
 
 		n.stopAgent()
-		eventually(t, "not ready without an agent", func() bool { return n.readiness() == "not ready, pending: workload proxy manager" })
+		n.wantAgent(false)
 		n.wantEcho("without an agent", live)
 		n.wantNewConnection("a new one without an agent")
 		n.startAgent()
-		eventually(t, "ready again", func() bool { return n.readiness() == "ready\n" })
+		n.wantAgent(true)
 		n.wantEcho("with an agent again", live)
 		n.wantNewConnection("a new one with an agent again")
 
@@ -469,9 +486,9 @@ func TestUnreachableIsTruthful(t *testing.T) {
 	}
 	check("first")
 	n.stopAgent()
-	eventually(t, "not ready without an agent", func() bool { return strings.HasPrefix(n.readiness(), "not ready") })
+	n.wantAgent(false)
 	n.startAgent()
-	eventually(t, "ready again", func() bool { return n.readiness() == "ready\n" })
+	n.wantAgent(true)
 	check("after a restart of the agent")
 	n.kill()
 	n.startProxy()

@@ -70,7 +70,9 @@ type ClientConfig struct {
 	// Yields says that all that Starter starts are Yielders.
 	Yields bool
 	// Ready is told whether every pod of a complete snapshot is served. It
-	// starts as not ready. Nil: nobody is told.
+	// starts as not ready, and stays what it is while there is no agent: its pods go
+	// on, and a rolling update deletes a proxy that is not ready before the next one
+	// has its pods. Nil: nobody is told.
 	Ready func(bool)
 	// Log. Nil: nothing is logged.
 	Log *slog.Logger
@@ -83,7 +85,6 @@ type Client struct {
 	retry time.Duration // startRetry, or what tests say.
 
 	// Owned by Run.
-	live     bool                // Between hello and the end of a connection.
 	snapshot map[string]struct{} // UIDs named since the hello; nil after the snapshot.
 	ready    bool
 	retryAt  time.Time
@@ -116,6 +117,7 @@ type pendingPod struct {
 type ClientStats struct {
 	Active, Pending  int
 	Started, Stopped uint64
+	Connected        bool   // To an agent, now.
 	Connections      uint64 // With an agent that took our hello.
 	ProtocolErrors   uint64
 }
@@ -316,20 +318,23 @@ func (c *Client) protocolError(conn *net.UnixConn, problem error) error {
 func (c *Client) begin() {
 	c.dropPending()
 	c.snapshot = map[string]struct{}{}
-	c.live = true
 	c.mu.Lock()
 	c.stats.Connections++
+	c.stats.Connected = true
 	c.mu.Unlock()
-	c.tellReady()
 }
 
 func (c *Client) end() {
-	c.live = false
-	c.tellReady()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stats.Connected = false
 }
 
 func (c *Client) tellReady() {
-	ready := c.live && c.snapshot == nil && len(c.pending) == 0
+	if c.snapshot != nil {
+		return // What the last one said holds.
+	}
+	ready := len(c.pending) == 0
 	if ready != c.ready {
 		c.ready = ready
 		c.cfg.Ready(ready)

@@ -196,12 +196,14 @@ func TestClientKeepsPodsOverReconnect(t *testing.T) {
 	ct.snapshot(p)
 	ct.wantReady("first connection", true)
 	_ = p.conn.Close()
-	ct.wantReady("disconnected", false)
-	ct.wantRunning("while disconnected", "again", "deleted", "gone", "kept")
 
 	p = ct.accept()
 	p.request(addOf("again"), device(t))
 	p.wantOK("the same add")
+	if !ct.ready.Load() || !ct.client.Stats().Connected {
+		t.Errorf("connected again: ready %v, %+v", ct.ready.Load(), ct.client.Stats())
+	}
+	ct.wantRunning("after the agent was away", "again", "deleted", "gone", "kept")
 	p.request(request{kind: kindKeep, workload: Workload{UID: "kept"}})
 	p.wantOK("keep")
 	p.request(request{kind: kindKeep, workload: Workload{UID: "never seen"}})
@@ -226,6 +228,31 @@ func TestClientKeepsPodsOverReconnect(t *testing.T) {
 	if starts, stops := ct.starter.counts(); starts != 4 || stops != 2 {
 		t.Errorf("%d starts and %d stops, want 4 and 2: a pod was touched", starts, stops)
 	}
+}
+
+// TestClientReadinessOutlivesAgent: it changes with what an agent says, not with
+// its being there.
+func TestClientReadinessOutlivesAgent(t *testing.T) {
+	ct := newClientTest(t)
+	p := ct.accept()
+	ct.snapshot(p)
+	ct.wantReady("no pods", true)
+	ct.starter.setFail(errors.New("no room"))
+	p.request(addOf("u"), device(t))
+	_ = p.wantAck("add")
+	ct.wantReady("a pod that is not served", false)
+	_ = p.conn.Close()
+	p = ct.accept()
+	ct.wantReady("the agent has not said yet that the pod is gone", false)
+	ct.snapshot(p)
+	ct.wantReady("it is", true)
+	_ = p.conn.Close()
+	p = ct.accept()
+	p.request(addOf("u"), device(t))
+	_ = p.wantAck("add")
+	ct.wantReady("within the snapshot", true)
+	ct.snapshot(p)
+	ct.wantReady("the pod is not served", false)
 }
 
 func TestClientReplacesPod(t *testing.T) {
