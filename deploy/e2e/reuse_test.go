@@ -8,10 +8,12 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/ztun/ztun/deploy/e2e/cluster"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
@@ -32,13 +34,14 @@ func TestReusedAddress(t *testing.T) {
 	service := p.begin("client", "load", "-for=12s", "-timeout=2s", "http://right/")
 	kept := p.begin("client", "load", "-for=12s", "-timeout=2s", "-keep", "http://right/")
 	direct := p.begin("client", "load", "-for=12s", "-timeout=2s", url)
+	both := p.get("right").Status.PodIPs
 	p.remove("right")
-	next(t, world.Nodes[1], address)
+	next(t, world.Nodes[1], both)
 	// Before anything else in the new pod can run, it asks the server that the old one may ask.
 	p.run(pod{name: "wrong", node: "node2", spec: fmt.Sprintf(
 		`initContainers: [{name: first, image: %q, imagePullPolicy: Never, args: [load, "-for=3s", "-timeout=2s", "http://server/"]}]`, cluster.AppImage)})
-	if got := p.get("wrong").Status.PodIP; got != address {
-		t.Fatalf("the new pod has %s, want the old one's address %s", got, address)
+	if got := p.get("wrong").Status.PodIPs; !slices.Equal(got, both) {
+		t.Fatalf("the new pod has %v, want the old one's addresses %v", got, both)
 	}
 	p.run(pod{name: "right", node: "node2"})
 	p.until("the new pod under the old address", func(a answer) bool { return a.Seen.Host == "wrong" }, "client", "get", "-timeout=2s", url)
@@ -97,15 +100,17 @@ func (p *place) remove(name string) {
 	})
 }
 
-// next has a node's IPAM give an address to its next pod.
-func next(t *testing.T, n *cluster.Node, address string) {
+// next has a node's IPAM give these addresses, one of each family, to its next pod.
+func next(t *testing.T, n *cluster.Node, addresses []corev1.PodIP) {
 	t.Helper()
 	dir := filepath.Join(n.Root(), "var/lib/cni/networks/pods")
-	if _, err := os.Stat(filepath.Join(dir, address)); !errors.Is(err, os.ErrNotExist) {
-		t.Fatalf("%s is not free: %v", address, err)
-	}
-	last := netip.MustParseAddr(address).Prev().String()
-	if err := os.WriteFile(filepath.Join(dir, "last_reserved_ip.0"), []byte(last), 0o644); err != nil {
-		t.Fatal(err)
+	for i, a := range addresses {
+		if _, err := os.Stat(filepath.Join(dir, a.IP)); !errors.Is(err, os.ErrNotExist) {
+			t.Fatalf("%s is not free: %v", a.IP, err)
+		}
+		last := netip.MustParseAddr(a.IP).Prev().String()
+		if err := os.WriteFile(filepath.Join(dir, fmt.Sprintf("last_reserved_ip.%d", i)), []byte(last), 0o644); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
