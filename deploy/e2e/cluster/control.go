@@ -261,7 +261,7 @@ var systemObjects string
 func (c *Cluster) names(ctx context.Context) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, errors.New("after a minute"))
 	defer cancel()
-	for file := range istioFiles {
+	for file := range tools.files {
 		text, err := os.ReadFile(filepath.Join(c.Tools, file))
 		if err != nil {
 			return fmt.Errorf("e2e: %w", err)

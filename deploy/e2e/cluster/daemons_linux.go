@@ -84,7 +84,7 @@ func libraryDirs(root string) []string {
 
 const containerdConfig = `version = 2
 [plugins."io.containerd.grpc.v1.cri"]
-  sandbox_image = "` + pauseImage + `"
+  sandbox_image = "` + AppImage + `"
   disable_apparmor = true
   restrict_oom_score_adj = true
 `

@@ -26,11 +26,8 @@ func Debian(ctx context.Context, cache string) (string, error) {
 	if err := os.MkdirAll(archives, 0o755); err != nil {
 		return "", err
 	}
-	// apt's own sandbox user cannot write here, and needs not.
-	download := exec.CommandContext(ctx, "apt-get", append([]string{"-qq", "-o", "APT::Sandbox::User=root", "download"}, packages...)...)
-	download.Dir, download.Stdout, download.Stderr = archives, os.Stderr, os.Stderr
-	if err := download.Run(); err != nil {
-		return "", fmt.Errorf("e2e: apt-get download %v: %w (are the lists there? apt-get update)", packages, err)
+	if err := download(ctx, archives); err != nil {
+		return "", err
 	}
 	found, err := filepath.Glob(filepath.Join(archives, "*.deb"))
 	if err != nil {
@@ -48,4 +45,27 @@ func Debian(ctx context.Context, cache string) (string, error) {
 		return "", err
 	}
 	return root, os.Rename(tmp, root)
+}
+
+// download gets the packages into dir. Where apt's lists are missing, or name
+// versions that are gone, they are fetched and it tries again.
+func download(ctx context.Context, dir string) error {
+	// apt's own sandbox user cannot write here, and needs not.
+	apt := func(args ...string) ([]byte, error) {
+		cmd := exec.CommandContext(ctx, "apt-get", append([]string{"-qq", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3"}, args...)...)
+		cmd.Dir = dir
+		return cmd.CombinedOutput()
+	}
+	want := append([]string{"download"}, packages...)
+	if _, err := apt(want...); err == nil {
+		return nil
+	}
+	progress("apt-get update: the lists of packages are missing or old")
+	if out, err := apt("update"); err != nil {
+		return fmt.Errorf("e2e: apt-get update: %w: %s", err, out)
+	}
+	if out, err := apt(want...); err != nil {
+		return fmt.Errorf("e2e: apt-get %v: %w: %s", want, err, out)
+	}
+	return nil
 }

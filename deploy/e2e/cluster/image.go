@@ -3,89 +3,91 @@ package cluster
 import (
 	"archive/tar"
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
+	"context"
 	"fmt"
+	"io"
 	"os"
+	"path/filepath"
 	"runtime"
-	"slices"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
 )
 
-// An Image is a container image of one layer, FROM scratch.
-type Image struct {
-	Name       string            // such as e2e.test/app:1; nodes never pull it
-	Files      map[string]string // path in the image, without leading slash -> file here
-	Entrypoint []string
-	User       string
+// Names of the images that every node has. The app's is also that of the pods'
+// sandboxes: told nothing, it pauses.
+const (
+	AppImage  = "e2e.test/app:1"
+	ztunName  = "e2e.test/ztun"
+	ztunTag   = "1"
+	ZtunImage = ztunName + ":" + ztunTag
+)
+
+// images builds the test's own image, and ztun's as `make image` does. It
+// returns archives that `ctr images import` reads.
+func images(ctx context.Context, cache, module string) ([]string, error) {
+	dir := filepath.Join(cache, "images")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("e2e: images: %w", err)
+	}
+	program, app := filepath.Join(dir, "app"), filepath.Join(dir, "app.tar")
+	if err := goCommand(ctx, module, "build", "-trimpath", "-ldflags=-s -w", "-o", program, "./app"); err != nil {
+		return nil, err
+	}
+	if err := writeImage(app, AppImage, program); err != nil {
+		return nil, err
+	}
+	root := filepath.Join(module, "../..")
+	err := goCommand(ctx, filepath.Join(root, "deploy/image"), "run", ".", "-source", root, "-out", dir,
+		"-name", ztunName, "-version", ztunTag, "-arch", runtime.GOARCH)
+	return []string{app, filepath.Join(dir, "ztun-"+ztunTag+"-"+runtime.GOARCH+".docker.tar")}, err
 }
 
-// Write puts the image into a file that `ctr images import` reads: docker's archive format.
-func (i Image) Write(path string) error {
-	layer, err := i.layer()
+// writeImage writes an image of one program, FROM scratch, in Docker's format.
+func writeImage(to, image, program string) error {
+	tag, err := name.NewTag(image)
 	if err != nil {
-		return fmt.Errorf("e2e: image %s: %w", i.Name, err)
+		return fmt.Errorf("e2e: image: %w", err)
 	}
-	config, err := json.Marshal(map[string]any{
-		"architecture": runtime.GOARCH, "os": "linux",
-		"config":  map[string]any{"Entrypoint": i.Entrypoint, "User": i.User},
-		"rootfs":  map[string]any{"type": "layers", "diff_ids": []string{"sha256:" + digest(layer)}},
-		"history": []any{},
-	})
+	content, err := os.ReadFile(program)
 	if err != nil {
+		return fmt.Errorf("e2e: image %s: %w", image, err)
+	}
+	var files bytes.Buffer
+	w := tar.NewWriter(&files)
+	path := filepath.Base(program)
+	if err := w.WriteHeader(&tar.Header{Name: path, Mode: 0o755, Size: int64(len(content))}); err != nil {
 		return err
 	}
-	manifest, err := json.Marshal([]map[string]any{{
-		"Config": digest(config) + ".json", "RepoTags": []string{i.Name}, "Layers": []string{"layer.tar"},
-	}})
-	if err != nil {
+	if _, err := w.Write(content); err != nil {
 		return err
-	}
-	var out bytes.Buffer
-	w := tar.NewWriter(&out)
-	for _, f := range []struct {
-		name    string
-		content []byte
-	}{{digest(config) + ".json", config}, {"layer.tar", layer}, {"manifest.json", manifest}} {
-		if err := addFile(w, f.name, 0o644, f.content); err != nil {
-			return err
-		}
 	}
 	if err := w.Close(); err != nil {
 		return err
 	}
-	return writeWhole(path, out.Bytes())
-}
-
-func (i Image) layer() ([]byte, error) {
-	var out bytes.Buffer
-	w := tar.NewWriter(&out)
-	var names []string
-	for name := range i.Files {
-		names = append(names, name)
+	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(files.Bytes())), nil })
+	if err != nil {
+		return fmt.Errorf("e2e: image %s: %w", image, err)
 	}
-	slices.Sort(names)
-	for _, name := range names {
-		content, err := os.ReadFile(i.Files[name])
-		if err != nil {
-			return nil, err
-		}
-		if err := addFile(w, name, 0o755, content); err != nil {
-			return nil, err
-		}
+	img, err := mutate.AppendLayers(empty.Image, layer)
+	if err != nil {
+		return fmt.Errorf("e2e: image %s: %w", image, err)
 	}
-	return out.Bytes(), w.Close()
-}
-
-func addFile(w *tar.Writer, name string, mode int64, content []byte) error {
-	if err := w.WriteHeader(&tar.Header{Name: name, Mode: mode, Size: int64(len(content))}); err != nil {
-		return err
+	config, err := img.ConfigFile()
+	if err != nil {
+		return fmt.Errorf("e2e: image %s: %w", image, err)
 	}
-	_, err := w.Write(content)
-	return err
-}
-
-func digest(b []byte) string {
-	sum := sha256.Sum256(b)
-	return hex.EncodeToString(sum[:])
+	config = config.DeepCopy()
+	config.OS, config.Architecture = "linux", runtime.GOARCH
+	config.Config = v1.Config{Entrypoint: []string{"/" + path}, Cmd: []string{"pause"}}
+	if img, err = mutate.ConfigFile(img, config); err != nil {
+		return fmt.Errorf("e2e: image %s: %w", image, err)
+	}
+	if err := tarball.WriteToFile(to+".tmp", tag, img); err != nil {
+		return fmt.Errorf("e2e: image %s: %w", image, err)
+	}
+	return os.Rename(to+".tmp", to)
 }

@@ -10,12 +10,13 @@ import (
 
 // programs the machine must have, and where each is from.
 var programs = map[string]string{
-	"apt-get":  "Debian or Ubuntu: containerd, runc and the CNI plugins are their packages, unpacked, not installed",
-	"dpkg":     "the same",
-	"go":       "golang, or https://go.dev/dl",
-	"nft":      "nftables",
-	"iptables": "iptables",
-	"nice":     "coreutils",
+	"apt-get":   "Debian or Ubuntu: containerd, runc and the CNI plugins are their packages, unpacked, not installed",
+	"dpkg":      "the same",
+	"go":        "golang, or https://go.dev/dl",
+	"nft":       "nftables",
+	"iptables":  "iptables",
+	"ip6tables": "iptables",
+	"nice":      "coreutils",
 }
 
 // Needs says everything that the machine lacks, in one error.

@@ -31,6 +31,9 @@ const (
 	cniBin    = "/opt/cni/bin"
 )
 
+// plugins are those of CNI that a node has.
+var plugins = []string{"bridge", "host-local", "loopback", "portmap"}
+
 // nodeRole is a node: its mounts and network, then its daemons. It says "mounted" once the cluster may give it eth0, and waits for a line.
 func nodeRole() error {
 	var c nodeConfig
@@ -101,7 +104,7 @@ func (c *nodeConfig) mounts() error {
 	if err := os.MkdirAll(cniConfig, 0o755); err != nil {
 		return err
 	}
-	for _, plugin := range []string{"bridge", "host-local", "loopback", "portmap"} {
+	for _, plugin := range plugins {
 		if err := copyFile(filepath.Join(c.Debian, "usr/lib/cni", plugin), filepath.Join(cniBin, plugin)); err != nil {
 			return err
 		}

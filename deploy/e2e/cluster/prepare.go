@@ -12,20 +12,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 // workDir is where a run keeps its files, a tmpfs that only the run sees.
 const workDir = "/mnt"
-
-// Names of the images that every node has.
-const (
-	AppImage   = "e2e.test/app:1"
-	ZtunImage  = "e2e.test/ztun:1"
-	pauseImage = "e2e.test/pause:1"
-)
 
 // Prepared is what a run needs and later runs find again.
 type Prepared struct {
@@ -68,7 +60,7 @@ func Prepare(ctx context.Context, module, logs string, modes [2]string) (p Prepa
 	if p.Debian, err = Debian(ctx, cache); err != nil {
 		return p, err
 	}
-	if p.Tools, err = Tools(ctx, cache, filepath.Join(module, "tools")); err != nil {
+	if p.Tools, err = tools.in(ctx, cache, filepath.Join(module, "tools")); err != nil {
 		return p, err
 	}
 	if p.Images, err = images(ctx, cache, module); err != nil {
@@ -78,47 +70,6 @@ func Prepare(ctx context.Context, module, logs string, modes [2]string) (p Prepa
 		return p, fmt.Errorf("e2e: logs: %w", err)
 	}
 	return p, os.MkdirAll(logs, 0o755)
-}
-
-// images builds the test's own program and all of ztun's, and packs each kind.
-func images(ctx context.Context, cache, module string) ([]string, error) {
-	dir := filepath.Join(cache, "images")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("e2e: images: %w", err)
-	}
-	app := filepath.Join(dir, "app")
-	if err := build(ctx, module, "./app", app, "-s -w"); err != nil {
-		return nil, err
-	}
-	root := filepath.Join(module, "../..")
-	mains, err := filepath.Glob(filepath.Join(root, "cmd/*/main.go"))
-	if err != nil {
-		return nil, err
-	}
-	ztun := Image{Name: ZtunImage, Files: map[string]string{}, Entrypoint: []string{"/usr/local/bin/ztun-proxy"}, User: "65532:65532"}
-	for _, main := range mains {
-		name := filepath.Base(filepath.Dir(main))
-		to := filepath.Join(dir, name)
-		if err := build(ctx, root, "./cmd/"+name, to, "-s -w -X main.version=e2e -X main.release=e2e"); err != nil {
-			return nil, err
-		}
-		ztun.Files["usr/local/bin/"+name] = to
-	}
-	var archives []string
-	files := map[string]string{"app": app}
-	for _, i := range []Image{
-		{Name: AppImage, Files: files, Entrypoint: []string{"/app"}},
-		{Name: pauseImage, Files: files, Entrypoint: []string{"/app", "pause"}},
-		ztun,
-	} {
-		name, _, _ := strings.Cut(filepath.Base(i.Name), ":")
-		archive := filepath.Join(dir, name+".tar")
-		if err := i.Write(archive); err != nil {
-			return nil, err
-		}
-		archives = append(archives, archive)
-	}
-	return archives, nil
 }
 
 // lock waits until no other run prepares.

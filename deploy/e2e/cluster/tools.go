@@ -7,31 +7,47 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
+	"syscall"
+	"time"
 )
 
-// tools are the programs of deploy/e2e/tools, the ones that everything waits for first.
-var tools = []struct{ name, pkg string }{
-	{"etcd", "go.etcd.io/etcd/server/v3"},
-	{"kube-apiserver", "k8s.io/kubernetes/cmd/kube-apiserver"},
-	{"kube-controller-manager", "k8s.io/kubernetes/cmd/kube-controller-manager"},
-	{"kube-scheduler", "k8s.io/kubernetes/cmd/kube-scheduler"},
-	{"kubelet", "k8s.io/kubernetes/cmd/kubelet"},
-	{"kube-proxy", "k8s.io/kubernetes/cmd/kube-proxy"},
-	{"pilot-discovery", "istio.io/istio/pilot/cmd/pilot-discovery"},
-	{"kubectl", "k8s.io/kubernetes/cmd/kubectl"},
+// A toolSet is what is taken from a module's requirements.
+type toolSet struct {
+	flags    []string          // of go build
+	programs map[string]string // name -> package
+	source   string            // module of files
+	files    map[string]string // name -> path in source
 }
 
-// Without a version the apiserver says one that kubectl cannot read.
-const ldflags = "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3" +
-	" -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36"
-
-// istioFiles are what the cluster takes from istio's module besides istiod.
-var istioFiles = map[string]string{
-	"istio-crds.yaml":   "manifests/charts/base/files/crd-all.gen.yaml",
-	"gateway-crds.yaml": "tests/integration/pilot/testdata/gateway-api-crd.yaml",
+// tools are those of deploy/e2e/tools.
+var tools = toolSet{
+	// Without a version the apiserver says one that its clients cannot read.
+	// istio's own releases are built with disable_pgv, too. What debuggers need
+	// is not linked, and not made: a tenth of the time.
+	flags: []string{
+		"-trimpath", "-tags=disable_pgv", "-gcflags=all=-dwarf=false",
+		"-ldflags=-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3" +
+			" -X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=36",
+	},
+	programs: map[string]string{
+		"etcd":                    "go.etcd.io/etcd/server/v3",
+		"kube-apiserver":          "k8s.io/kubernetes/cmd/kube-apiserver",
+		"kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager",
+		"kube-scheduler":          "k8s.io/kubernetes/cmd/kube-scheduler",
+		"kubelet":                 "k8s.io/kubernetes/cmd/kubelet",
+		"kube-proxy":              "k8s.io/kubernetes/cmd/kube-proxy",
+		"pilot-discovery":         "istio.io/istio/pilot/cmd/pilot-discovery",
+	},
+	source: "istio.io/istio",
+	files: map[string]string{
+		"istio-crds.yaml":   "manifests/charts/base/files/crd-all.gen.yaml",
+		"gateway-crds.yaml": "tests/integration/pilot/testdata/gateway-api-crd.yaml",
+	},
 }
 
 // CacheDir is where built and downloaded programs stay: $ZTUN_E2E_CACHE, else ztun/e2e in the user's cache directory.
@@ -46,8 +62,8 @@ func CacheDir() (string, error) {
 	return filepath.Join(dir, "ztun", "e2e"), nil
 }
 
-// toolsDir is the directory of the tools that module asks for, one for each set of versions, flags and Go.
-func toolsDir(cache, module string) (string, error) {
+// dir is the directory of the tools that module asks for, one for each set of versions, flags and Go.
+func (t toolSet) dir(cache, module string) (string, error) {
 	h := sha256.New()
 	for _, name := range []string{"go.mod", "go.sum"} {
 		content, err := os.ReadFile(filepath.Join(module, name))
@@ -56,63 +72,129 @@ func toolsDir(cache, module string) (string, error) {
 		}
 		fmt.Fprintf(h, "%s %d\n%s", name, len(content), content)
 	}
-	fmt.Fprintf(h, "%s %s/%s %s", ldflags, runtime.GOOS, runtime.GOARCH, runtime.Version())
+	fmt.Fprintf(h, "%q %s/%s %s", t.flags, runtime.GOOS, runtime.GOARCH, runtime.Version())
 	return filepath.Join(cache, "tools-"+hex.EncodeToString(h.Sum(nil))[:16]), nil
 }
 
-// Tools builds what is missing of module's tools and returns their directory.
-// A program appears there only complete, so a build that was killed goes on
-// where it was.
-func Tools(ctx context.Context, cache, module string) (string, error) {
-	dir, err := toolsDir(cache, module)
+// in builds what is missing of a module's tools and returns their directory.
+// A program appears there only complete, and Go keeps the packages that it
+// compiled: a build that was killed goes on where it was.
+func (t toolSet) in(ctx context.Context, cache, module string) (string, error) {
+	dir, err := t.dir(cache, module)
 	if err != nil {
 		return "", err
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", fmt.Errorf("e2e: tools: %w", err)
 	}
-	for _, tool := range tools {
-		to := filepath.Join(dir, tool.name)
-		if _, err := os.Stat(to); err == nil {
-			continue
-		}
-		progress("building %s (once; a few minutes)", tool.name)
-		if err := build(ctx, module, tool.pkg, to, ldflags); err != nil {
+	if missing := absent(dir, t.programs); len(missing) > 0 {
+		if err := t.build(ctx, module, dir, missing); err != nil {
 			return "", err
 		}
 	}
-	for name, path := range istioFiles {
-		to := filepath.Join(dir, name)
-		if _, err := os.Stat(to); err == nil {
-			continue
-		}
-		list := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "istio.io/istio")
-		list.Dir, list.Stderr = module, os.Stderr
-		where, err := list.Output()
-		if err != nil {
-			return "", fmt.Errorf("e2e: tools: where istio's module is: %w", err)
-		}
-		content, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(where)), path))
-		if err != nil {
-			return "", fmt.Errorf("e2e: tools: %w", err)
-		}
-		if err := writeWhole(to, content); err != nil {
+	if missing := absent(dir, t.files); len(missing) > 0 {
+		if err := t.copyFiles(ctx, module, dir, missing); err != nil {
 			return "", err
 		}
 	}
 	return dir, nil
 }
 
-// build compiles one static program, out of the way of whatever else the machine does.
-func build(ctx context.Context, module, pkg, to, ldflags string) error {
-	tmp := to + ".tmp"
-	cmd := exec.CommandContext(ctx, "nice", "-n", "15", "go", "build", "-trimpath", "-ldflags", ldflags, "-o", tmp, pkg)
+// absent are the names, sorted, of what is not in dir.
+func absent(dir string, all map[string]string) (names []string) {
+	for name := range all {
+		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// build builds programs all at once: they share most packages, and one is
+// linked while another's are compiled.
+func (t toolSet) build(ctx context.Context, module, dir string, names []string) error {
+	begin := time.Now()
+	var packages []string
+	for _, name := range names {
+		packages = append(packages, t.programs[name])
+	}
+	progress("downloading and building %s (once; about ten minutes of two CPUs)", strings.Join(names, ", "))
+	// Listing needs every module that building does: what it downloads is not asked for again.
+	list := slices.Concat([]string{"list", "-deps", "-f", "{{if 0}}{{end}}"}, t.flags, packages)
+	if err := thrice(ctx, "download the modules", func() error { return goCommand(ctx, module, list...) }); err != nil {
+		return err
+	}
+	progress("modules are there after %.0f s", time.Since(begin).Seconds())
+	tmp := filepath.Join(dir, "new")
+	if err := os.RemoveAll(tmp); err != nil {
+		return fmt.Errorf("e2e: tools: %w", err)
+	}
+	if err := goCommand(ctx, module, slices.Concat([]string{"build", "-o", tmp + "/"}, t.flags, packages)...); err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := os.Rename(filepath.Join(tmp, programName(t.programs[name])), filepath.Join(dir, name)); err != nil {
+			return fmt.Errorf("e2e: tools: %w", err)
+		}
+	}
+	progress("tools are there after %.0f s", time.Since(begin).Seconds())
+	return os.RemoveAll(tmp)
+}
+
+// programName is what go build calls the program of a package: a major version is no name.
+func programName(pkg string) string {
+	dir, name := path.Split(pkg)
+	if len(name) > 1 && name[0] == 'v' && strings.Trim(name[1:], "0123456789") == "" {
+		return path.Base(dir)
+	}
+	return name
+}
+
+func (t toolSet) copyFiles(ctx context.Context, module, dir string, names []string) error {
+	list := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", t.source)
+	list.Dir, list.Stderr = module, os.Stderr
+	where, err := list.Output()
+	if err != nil {
+		return fmt.Errorf("e2e: tools: where %s is: %w", t.source, err)
+	}
+	for _, name := range names {
+		content, err := os.ReadFile(filepath.Join(strings.TrimSpace(string(where)), t.files[name]))
+		if err != nil {
+			return fmt.Errorf("e2e: tools: %w", err)
+		}
+		if err := writeWhole(filepath.Join(dir, name), content); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// goCommand runs Go in a module, out of the way of whatever else the machine does. Programs are static.
+func goCommand(ctx context.Context, module string, args ...string) error {
+	cmd := exec.CommandContext(ctx, "nice", append([]string{"-n", "15", "go"}, args...)...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = module, os.Stderr, os.Stderr
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGINT} // Go removes its temporary files then
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("e2e: build %s in %s: %w", pkg, module, err)
+		return fmt.Errorf("e2e: go %s in %s: %w", strings.Join(args, " "), module, err)
 	}
-	return os.Rename(tmp, to)
+	return nil
+}
+
+// thrice tries again what the network may have failed.
+func thrice(ctx context.Context, what string, f func() error) error {
+	var err error
+	for try := 1; try <= 3; try++ {
+		if err = f(); err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			break
+		}
+		progress("%s, try %d of 3: %v", what, try, err)
+	}
+	return fmt.Errorf("e2e: %s: %w", what, err)
 }
 
 // writeWhole writes a file that is either complete or not there.
