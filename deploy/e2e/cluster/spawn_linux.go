@@ -1,9 +1,11 @@
 package cluster
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -15,16 +17,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A run is five kinds of process, all the same program:
+// A run is six kinds of process, all the same program:
 //
 //	outer    the caller's: builds, then starts init in new mount, pid and net namespaces
 //	init     process 1 of those: reaps what daemons leave, dies with outer
 //	inside   runs the cluster and the tests
 //	machine  one for each node: process 1 of new mount, pid and net namespaces, reaps
 //	node     started by machine: the node's mounts and network, then its daemons
+//	sweeper  outside of the namespaces: waits for outer's end, then removes the cgroups
 //
 // When outer ends, whatever ended it, the kernel kills init, with it all
-// processes, and with them mounts and networks.
+// processes, and with them mounts and networks. The sweeper does the rest.
 const (
 	roleVar   = "ZTUN_E2E_ROLE"
 	configVar = "ZTUN_E2E_CONFIG"
@@ -34,12 +37,16 @@ const (
 // and not the one with the tests; it does not return then. inside says that
 // the tests are to run here, with the returned preparation.
 func Role() (p Prepared, inside bool) {
+	// A user's path may lack them, and iptables with them.
+	os.Setenv("PATH", os.Getenv("PATH")+":/usr/sbin:/sbin")
 	var err error
 	switch os.Getenv(roleVar) {
 	case "":
 		return p, false
 	case "init":
 		err = initRole()
+	case "sweeper":
+		err = sweeperRole()
 	case "machine":
 		err = machineRole()
 	case "node":
@@ -76,6 +83,10 @@ func again(role string, config any) (*exec.Cmd, error) {
 func Enclose(p Prepared) (int, error) {
 	p.Owner = os.Getpid()
 	sweepCgroups(0)
+	sweep, err := startSweeper(p)
+	if err != nil {
+		return 1, err
+	}
 	cmd, err := again("init", p)
 	if err != nil {
 		return 1, err
@@ -97,13 +108,8 @@ func Enclose(p Prepared) (int, error) {
 		}
 	}()
 	err = cmd.Wait()
-	// The kernel ends the processes of a pid namespace before Wait returns, yet their cgroups empty a little later.
-	for range 50 {
-		sweepCgroups(p.Owner)
-		if len(leftCgroups(p.Owner)) == 0 {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
+	if sweepErr := sweep(); sweepErr != nil {
+		return 1, errors.Join(err, sweepErr)
 	}
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
@@ -113,6 +119,50 @@ func Enclose(p Prepared) (int, error) {
 		return 1, fmt.Errorf("e2e: the run was ended: %w", err)
 	}
 	return 0, err
+}
+
+// startSweeper starts the one that removes what the kernel leaves. It begins
+// when this process ends, or when the returned function is called, which waits for it.
+func startSweeper(p Prepared) (finish func() error, err error) {
+	cmd, err := again("sweeper", p)
+	if err != nil {
+		return nil, err
+	}
+	cmd.Stderr = os.Stderr
+	// What a terminal or a shell ends at once is not for it.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	begin, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("e2e: sweeper: %w", err)
+	}
+	return func() error {
+		begin.Close()
+		if err := cmd.Wait(); err != nil {
+			return fmt.Errorf("e2e: sweeper: %w", err)
+		}
+		return nil
+	}, nil
+}
+
+func sweeperRole() error {
+	var p Prepared
+	if err := json.Unmarshal([]byte(os.Getenv(configVar)), &p); err != nil {
+		return err
+	}
+	if _, err := io.Copy(io.Discard, os.Stdin); err != nil {
+		return err
+	}
+	// Cgroups empty a little after the last process of a namespace is gone.
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		sweepCgroups(p.Owner)
+		if len(leftCgroups(p.Owner)) == 0 {
+			return nil
+		}
+	}
+	return fmt.Errorf("cgroups are left: %v", leftCgroups(p.Owner))
 }
 
 // initRole is process 1 of the run.
@@ -175,4 +225,15 @@ func startAndReap(role string) error {
 
 func nodeAttributes() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWNET}
+}
+
+// Itself runs this program with other arguments and in no role, and returns what it printed.
+func Itself(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), roleVar+"=")
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("%w: %s", err, out)
+	}
+	return string(out), nil
 }
