@@ -56,7 +56,7 @@ func (n *names) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	m.Authoritative = true
 	if len(q.Question) == 1 {
 		found := false
-		m.Answer, found = n.answer(q.Question[0])
+		m.Answer, found = n.answer(q.Question[0], maxAliases)
 		if !found {
 			m.Rcode = dns.RcodeNameError
 		}
@@ -64,8 +64,11 @@ func (n *names) ServeDNS(w dns.ResponseWriter, q *dns.Msg) {
 	_ = w.WriteMsg(m)
 }
 
+// maxAliases bounds a chain of them, which may lead to its beginning.
+const maxAliases = 8
+
 // answer returns the records of a name, and whether the name exists at all.
-func (n *names) answer(q dns.Question) ([]dns.RR, bool) {
+func (n *names) answer(q dns.Question, aliases int) ([]dns.RR, bool) {
 	name := strings.ToLower(q.Name)
 	head, ok := strings.CutSuffix(name, "."+clusterDomain)
 	if !ok {
@@ -89,7 +92,8 @@ func (n *names) answer(q dns.Question) ([]dns.RR, bool) {
 	if s.Spec.Type == corev1.ServiceTypeExternalName {
 		target := dns.Fqdn(s.Spec.ExternalName)
 		out := []dns.RR{&dns.CNAME{Hdr: header(dns.TypeCNAME), Target: target}}
-		if more, ok := n.answer(dns.Question{Name: target, Qtype: q.Qtype, Qclass: q.Qclass}); ok && target != name {
+		if aliases > 1 {
+			more, _ := n.answer(dns.Question{Name: target, Qtype: q.Qtype, Qclass: q.Qclass}, aliases-1)
 			out = append(out, more...)
 		}
 		return out, true
