@@ -30,12 +30,13 @@ demo: build ## show a mesh of two nodes on this machine, and check every claim
 test: needs ## run all tests; kernel tests run in namespaces of their own
 	$(GO) test $(TESTFLAGS) ./...
 	cd deploy/image && $(GO) test $(TESTFLAGS) ./...
-	cd deploy/e2e && $(GO) test $(TESTFLAGS) ./chart
+	cd deploy/e2e && $(GO) test $(TESTFLAGS) ./chart ./cluster ./table
 
 # What the tests call besides Go. As root on Debian missing tools are
 # installed; everybody else is told the one command.
+NEEDS := nghttp:nghttp2-client nghttpd:nghttp2-server ip:iproute2 ping:iputils-ping
 needs:
-	@missing=; for tool in nghttp:nghttp2-client nghttpd:nghttp2-server ip:iproute2 ping:iputils-ping; do \
+	@missing=; for tool in $(NEEDS); do \
 	  PATH="$$PATH:/usr/sbin:/sbin" command -v $${tool%%:*} >/dev/null || missing="$$missing $${tool##*:}"; done; \
 	[ -z "$$missing" ] && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -50,9 +51,11 @@ fmt-check:
 vet:
 	$(GO) vet ./...
 	cd deploy/image && $(GO) vet ./...
+	cd deploy/e2e && $(GO) vet ./...
 
 staticcheck:
 	$(GO) tool staticcheck ./...
+	tool=$$($(GO) tool -n staticcheck) && (cd deploy/image && $$tool ./...) && cd deploy/e2e && $$tool ./...
 
 arch: ## check that imports point down and every package has a row
 	$(GO) run ./cmd/internal/arch
@@ -92,16 +95,19 @@ soak: ## a mixed load over bad networks: MINUTES=20 SEED=n ONLY=regexp of worlds
 
 RUN  ?=
 MODE ?= mixed
-e2e: ## ztun on a cluster of two nodes with an unmodified istiod, as root: RUN=regexp of cases, MODE=mixed (one node each), nftables or iptables for kube-proxy
+e2e: NEEDS := nft:nftables iptables:iptables
+e2e: needs ## ztun on a cluster of two nodes with an unmodified istiod, as root: RUN=regexp of cases, MODE=mixed (a node each), nftables or iptables for kube-proxy
+	@[ "$$(id -u)" = 0 ] || { echo "e2e needs root, for namespaces, mounts and cgroups of nodes: sudo make e2e" >&2; exit 1; }
 	@mkdir -p $(BIN)
 	cd deploy/e2e && $(GO) test -c -o ../../$(BIN)/e2e.test .
-	cd deploy/e2e && MODE='$(MODE)' ../../$(BIN)/e2e.test -test.v -test.timeout 60m $(if $(RUN),-test.run '$(RUN)')
+	cd deploy/e2e && MODE='$(MODE)' ../../$(BIN)/e2e.test -test.v -test.timeout 30m $(if $(RUN),-test.run '$(RUN)')
 
 ci: export CI = true
 ci: lint arch ## what must hold before a change goes in; .ci/run calls this
 	$(MAKE) test TESTFLAGS='-count=1 -timeout 15m'
 	$(MAKE) race TESTFLAGS='-count=1 -timeout 15m'
 	$(MAKE) fuzz
+	$(MAKE) e2e
 	$(MAKE) demo
 	@[ "$$(id -u)" != 0 ] || $(MAKE) demo-nobody
 

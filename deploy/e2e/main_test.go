@@ -7,14 +7,15 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
-	"text/tabwriter"
 	"time"
 
 	"github.com/ztun/ztun/deploy/e2e/chart"
 	"github.com/ztun/ztun/deploy/e2e/cluster"
+	"github.com/ztun/ztun/deploy/e2e/table"
 )
 
 // world is the cluster that all cases share; each keeps to a namespace of its own.
@@ -72,53 +73,52 @@ func withCluster(m *testing.M, p cluster.Prepared) (int, error) {
 	if world, err = cluster.Up(ctx, p); err != nil {
 		return 1, err
 	}
+	begin := time.Now()
 	code := m.Run()
 	if err := world.KeepLogs(context.Background()); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 	}
-	table.print(os.Stdout)
-	return code, nil
-}
-
-// table is what a run says at its end: a row for each case.
-var table rows
-
-type rows struct {
-	mu   sync.Mutex
-	rows [][]string
-}
-
-func (r *rows) add(cells ...string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.rows = append(r.rows, cells)
-}
-
-func (r *rows) print(out *os.File) {
-	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "\nresult\ttime\tcase\tclaim")
-	for _, row := range r.rows {
-		fmt.Fprintln(w, strings.Join(row, "\t"))
+	results.Print(os.Stdout, time.Since(begin))
+	wanted, err := selected()
+	if err != nil {
+		return code, err
 	}
-	w.Flush()
+	return code, results.Incomplete(wanted, os.Getenv("CI") == "true")
 }
+
+// selected are the names of the cases that -run asks for: this program lists them.
+func selected() ([]string, error) {
+	pattern := "."
+	if f := flag.Lookup("test.run"); f != nil && f.Value.String() != "" {
+		pattern, _, _ = strings.Cut(f.Value.String(), "/")
+	}
+	out, err := cluster.Itself(context.Background(), "-test.list="+pattern)
+	if err != nil {
+		return nil, fmt.Errorf("e2e: the cases that -run=%s selects: %w", pattern, err)
+	}
+	return slices.DeleteFunc(strings.Fields(out), func(s string) bool { return !strings.HasPrefix(s, "Test") }), nil
+}
+
+// results is what a run says at its end: a row for each case.
+var results table.Table
 
 // claim is the first line of each case: what it shows, for the table. The
 // context ends with the case, at the latest after five minutes.
 func claim(t *testing.T, text string) context.Context {
 	t.Helper()
 	begin := time.Now()
+	fmt.Printf("    %s\n", text)
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 5*time.Minute, fmt.Errorf("case %s takes too long", t.Name()))
 	t.Cleanup(func() {
 		cancel()
-		result := "ok"
+		result := table.OK
 		switch {
 		case t.Failed():
-			result = "FAILED"
+			result = table.Failed
 		case t.Skipped():
-			result = "skipped"
+			result = table.Skipped
 		}
-		table.add(result, fmt.Sprintf("%.1f s", time.Since(begin).Seconds()), strings.TrimPrefix(t.Name(), "Test"), text)
+		results.Add(table.Row{Test: t.Name(), Claim: text, Result: result, Took: time.Since(begin)})
 	})
 	return ctx
 }
