@@ -27,6 +27,8 @@ func TestIncomplete(t *testing.T) {
 	var table Table
 	table.Add(Row{Test: "TestRan", Result: Failed})
 	table.Add(Row{Test: "TestSkipped", Result: Skipped})
+	table.Add(Row{Test: "TestParts/One", Result: OK})
+	table.Add(Row{Test: "TestParts/Other", Result: Skipped})
 	for _, c := range []struct {
 		wanted []string
 		ci     bool
@@ -36,6 +38,9 @@ func TestIncomplete(t *testing.T) {
 		{[]string{"TestRan", "TestSkipped"}, false, ""},
 		{[]string{"TestRan"}, true, ""},
 		{[]string{"TestRan", "TestSkipped"}, true, "TestSkipped was skipped"},
+		{[]string{"TestParts"}, false, ""},
+		{[]string{"TestParts"}, true, "TestParts/Other was skipped"},
+		{[]string{"TestPart"}, false, "TestPart did not run"},
 		{[]string{"TestRan", "TestMissing"}, false, "TestMissing did not run"},
 	} {
 		err := table.Incomplete(c.wanted, c.ci)
