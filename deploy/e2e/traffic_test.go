@@ -162,31 +162,3 @@ func TestPolicyCuts(t *testing.T) {
 		t.Errorf("the connection lived on: %+v", e)
 	}
 }
-
-func TestProbes(t *testing.T) {
-	ctx := claim(t, "HTTP, TCP and gRPC probes pass under STRICT on every node, plain text does not")
-	mesh(t)
-	p := newPlace(ctx, t, ambient)
-	p.apply(peerAuthentication, p.name, "STRICT")
-	const probes = `startupProbe: {periodSeconds: 1, tcpSocket: {port: 9003}},
-		livenessProbe: {periodSeconds: 1, failureThreshold: 1, grpc: {port: 9004}}`
-	p.run(pod{name: "one", node: "node1", container: probes}, pod{name: "two", node: "node2", container: probes})
-	p.enrolled("one", "two")
-	p.until("a way from one to two", works, "one", "get", "http://two/")
-	for _, name := range []string{"one", "two"} {
-		o := p.get(name)
-		if n := o.Status.ContainerStatuses[0].RestartCount; n != 0 {
-			t.Errorf("%s was started again %d times", name, n)
-		}
-		// The node's own address, without a kubelet: a probe's port is not a hole.
-		for _, n := range world.Nodes {
-			if n.Name == o.Spec.NodeName {
-				continue // a process of the same node cannot always be told from its kubelet
-			}
-			err := n.Within(func() error { return dial(net.JoinHostPort(o.Status.PodIP, "8080")) })
-			if err == nil {
-				t.Errorf("%s answered plain text of %s under STRICT", name, n.Name)
-			}
-		}
-	}
-}
