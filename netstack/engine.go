@@ -118,6 +118,9 @@ type StackConfig struct {
 	Name string
 	// Addrs are the pod's addresses; at least one.
 	Addrs []netip.Addr
+	// Families are addresses of whatever IP versions Update may bring, besides
+	// those of Addrs. Each version takes memory, and none can be added later.
+	Families []netip.Addr
 	// BypassInbound forwards plaintext inbound connections at L3.
 	BypassInbound bool
 	// VirtualInterfaces lets packets through whose addresses are not the pod's:

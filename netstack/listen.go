@@ -3,6 +3,7 @@ package netstack
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
@@ -25,11 +26,20 @@ type listener struct {
 	queued atomic.Bool
 }
 
-// listen opens the TunnelPort of every address. It runs on the loop.
-func (s *Stack) listen() error {
-	for _, a := range s.cfg.Addrs {
+// listen opens the TunnelPort of the addresses that have none open, or of none of
+// them after an error. It runs on the loop.
+func (s *Stack) listen(addrs []netip.Addr) error {
+	before := len(s.listeners)
+	for _, a := range addrs {
 		l := &listener{stack: s, addr: netip.AddrPortFrom(a, TunnelPort)}
+		if slices.ContainsFunc(s.listeners, func(o *listener) bool { return o.addr == l.addr }) {
+			continue
+		}
 		if err := l.open(); err != nil {
+			for _, l := range s.listeners[before:] {
+				l.close()
+			}
+			s.listeners = s.listeners[:before]
 			return err
 		}
 		s.listeners = append(s.listeners, l)

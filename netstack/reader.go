@@ -142,7 +142,7 @@ func (r *reader) run() {
 // add starts to read s. It runs on the loop; after an error s is not known.
 func (r *reader) add(s *Stack) error {
 	r.stacks[s] = struct{}{}
-	err := s.listen()
+	err := s.listen(s.cfg.Addrs)
 	if err == nil {
 		if s.before == nil {
 			s.drain()

@@ -4,11 +4,13 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"reflect"
+	"slices"
 	"unsafe"
 
 	mathrand "math/rand"
 
 	"gvisor.dev/gvisor/pkg/tcpip"
+	"gvisor.dev/gvisor/pkg/tcpip/header"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv4"
 	"gvisor.dev/gvisor/pkg/tcpip/network/ipv6"
 	"gvisor.dev/gvisor/pkg/tcpip/stack"
@@ -44,7 +46,7 @@ func (c *shared) newGVisor(cfg *StackConfig, clock tcpip.Clock) *stack.Stack {
 // 8 KiB of a stack.
 func (c *shared) networks(cfg *StackConfig) (list []stack.NetworkProtocolFactory) {
 	has := func(is func(netip.Addr) bool) bool {
-		for _, a := range cfg.Addrs {
+		for _, a := range slices.Concat(cfg.Addrs, cfg.Families) {
 			if is(a.Unmap()) {
 				return true
 			}
@@ -58,6 +60,11 @@ func (c *shared) networks(cfg *StackConfig) (list []stack.NetworkProtocolFactory
 		list = append(list, ipv6.NewProtocol)
 	}
 	return list
+}
+
+// families are the IP versions that the stack was made for.
+func (s *Stack) families() (v4, v6 bool) {
+	return s.gv.CheckNetworkProtocol(header.IPv4ProtocolNumber), s.gv.CheckNetworkProtocol(header.IPv6ProtocolNumber)
 }
 
 // randSource is the random numbers of the runtime, which have no state to keep

@@ -130,9 +130,6 @@ func (s *Stack) configure() error {
 // Loop runs everything of this pod.
 func (s *Stack) Loop() splice.Loop { return s.reader }
 
-// Config is what Add was given.
-func (s *Stack) Config() StackConfig { return s.cfg }
-
 // Close resets every flow, drops every request and gives the device back. It
 // returns when the reader no longer touches the device.
 func (s *Stack) Close() { s.onLoop(s.closeOnLoop) }

@@ -17,7 +17,8 @@ var (
 func host() (*mesh.Workload, *Pod, mesh.Route) {
 	w := &mesh.Workload{UID: "b", Addrs: []netip.Addr{hostAddr}, Identity: hostID, Reach: mesh.Reach{Protocol: mesh.ProtocolHBONE}}
 	w.Network = "n"
-	p := &Pod{cfg: Config{Addrs: []netip.Addr{hostAddr}, Neighbours: NewNeighbours()}, self: &self{workload: w}}
+	p := &Pod{cfg: Config{Neighbours: NewNeighbours()}, self: &self{workload: w}}
+	p.SetAddrs([]netip.Addr{hostAddr})
 	return w, p, mesh.Route{
 		Kind: mesh.HBONE, Peer: w, Identities: []identity.ID{hostID},
 		Dial: netip.AddrPortFrom(hostAddr, TunnelPort), Target: netip.AddrPortFrom(hostAddr, 80),
@@ -39,6 +40,8 @@ func TestFind(t *testing.T) {
 			other := netip.MustParseAddr("10.0.0.3")
 			r.Dial, r.Target = netip.AddrPortFrom(other, TunnelPort), netip.AddrPortFrom(other, 80)
 		},
+		"it has another address now": func(_ *mesh.Route, p *Pod) { p.SetAddrs([]netip.Addr{netip.MustParseAddr("10.0.0.3")}) },
+
 		"it drains":      func(_ *mesh.Route, p *Pod) { p.draining = true; p.publish() },
 		"it is closed":   func(_ *mesh.Route, p *Pod) { p.closed = true; p.publish() },
 		"it is not told": func(_ *mesh.Route, p *Pod) { p.self = &self{}; p.publish() },

@@ -67,7 +67,7 @@ func (w Workload) String() string { return w.Namespace + "/" + w.Name }
 // and Recorder are required.
 type Config struct {
 	Workload   Workload
-	Addrs      []netip.Addr // the pod's, as its stack has them
+	Addrs      []netip.Addr // the pod's, as its stack has them; see SetAddrs
 	Stack      Stack
 	Mesh       Mesh
 	Certs      hbone.CertSource
@@ -172,6 +172,7 @@ type Pod struct {
 	log  *slog.Logger
 	// policyLog is asked before a line for it is made.
 	policyLog *slog.Logger
+	addrs     atomic.Pointer[[]netip.Addr] // written by SetAddrs
 	certs     *hbone.Certificates
 	pool      *hbone.Pool
 	peers     *hbone.Server
@@ -217,10 +218,6 @@ func NewPod(cfg Config) (*Pod, error) {
 		return nil, err
 	}
 	cfg.setDefaults()
-	cfg.Addrs = slices.Clone(cfg.Addrs)
-	for i, a := range cfg.Addrs {
-		cfg.Addrs[i] = a.Unmap().WithZone("")
-	}
 	p := &Pod{
 		cfg:  cfg,
 		loop: cfg.Stack.Loop(),
@@ -230,6 +227,7 @@ func NewPod(cfg Config) (*Pod, error) {
 		conns:    make(map[*conn]struct{}),
 		self:     &self{},
 	}
+	p.SetAddrs(cfg.Addrs)
 	p.certs = hbone.NewCertificates(p.loop, cfg.Certs, cfg.Timeouts.Certificate)
 	p.pool = hbone.NewPool(hbone.PoolConfig{
 		Loop:          p.loop,
@@ -264,6 +262,16 @@ func NewPod(cfg Config) (*Pod, error) {
 	p.meshChanged()
 	p.stopLists = cfg.Revocations.OnChange(p.listsChanged)
 	return p, nil
+}
+
+// SetAddrs says which addresses the pod has now, as its stack does. Connections
+// live on. It may be called from anywhere.
+func (p *Pod) SetAddrs(addrs []netip.Addr) {
+	own := make([]netip.Addr, 0, len(addrs))
+	for _, a := range addrs {
+		own = append(own, a.Unmap().WithZone(""))
+	}
+	p.addrs.Store(&own)
 }
 
 // Stats returns the counters of the pod, of its tunnels to peers and of those
@@ -452,7 +460,7 @@ func (p *Pod) report(r Progresser, list []*conn, done chan<- struct{}) {
 func (p *Pod) isProxyPort(port uint16) bool { return slices.Contains(p.cfg.ProxyPorts, port) }
 
 // isSelf reports whether a is the pod's address.
-func (p *Pod) isSelf(a netip.Addr) bool { return slices.Contains(p.cfg.Addrs, a) }
+func (p *Pod) isSelf(a netip.Addr) bool { return slices.Contains(*p.addrs.Load(), a) }
 
 // source returns the pod's address to dial dst from: the one the app chose if
 // it can be, else the pod's first of the family.
@@ -460,7 +468,7 @@ func (p *Pod) source(app, dst netip.Addr) (netip.Addr, bool) {
 	if app.Is4() == dst.Is4() && p.isSelf(app) {
 		return app, true
 	}
-	for _, a := range p.cfg.Addrs {
+	for _, a := range *p.addrs.Load() {
 		if a.Is4() == dst.Is4() {
 			return a, true
 		}

@@ -50,6 +50,7 @@ type pod struct {
 var (
 	_ zds.Starter = (*pods)(nil)
 	_ zds.Yielder = (*pod)(nil)
+	_ zds.Updater = (*pod)(nil)
 )
 
 // Start implements zds.Starter.
@@ -94,6 +95,19 @@ func (p *pods) Start(w zds.Workload, files zds.Files) (zds.Proxy, error) {
 	defer p.mu.Unlock()
 	p.running[s] = struct{}{}
 	return s, nil
+}
+
+// Update implements zds.Updater.
+func (s *pod) Update(w zds.Workload) error {
+	d := w.Device
+	err := s.stack.Update(netstack.Update{
+		Addrs: d.Addresses, BypassInbound: d.BypassInbound, VirtualInterfaces: d.VirtualInterfaces,
+		IsProbe: s.owner.probes.forPod(w.UID, d),
+	})
+	if err == nil {
+		s.tunnel.SetAddrs(d.Addresses)
+	}
+	return err
 }
 
 // counts are what the stacks and tunnels of all pods have counted, those that
@@ -147,6 +161,7 @@ func stackConfig(name string, d *zds.Device, log *slog.Logger) netstack.StackCon
 	cfg := netstack.StackConfig{
 		Name:              name,
 		Addrs:             d.Addresses,
+		Families:          d.NodeAddresses, // A pod has what its node has, if not at once.
 		BypassInbound:     d.BypassInbound,
 		VirtualInterfaces: d.VirtualInterfaces,
 		// CaptureDNS stays off until something answers: captured queries go on

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -372,6 +373,10 @@ func TestProxyLife(t *testing.T) {
 		n.wantAgent(true)
 		n.wantEcho("with an agent again", live)
 		n.wantNewConnection("a new one with an agent again")
+
+		n.agent.SetNodeAddresses([]netip.Addr{netip.MustParseAddr("10.1.0.1")})
+		eventually(t, "both pods are told", func() bool { return strings.Count(n.log.String(), "pod has changed") == 2 })
+		n.wantEcho("with another address of the node", live)
 
 		n.signal(syscall.SIGTERM)
 		eventually(t, "readiness stops", func() bool { return strings.Contains(n.readiness(), "refused") })

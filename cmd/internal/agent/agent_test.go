@@ -165,12 +165,16 @@ type proxy struct {
 }
 
 func (n *node) startProxy() *proxy {
-	p := &proxy{proxyPods: &proxyPods{running: map[string]*proxyPod{}}}
-	c := zds.NewClient(zds.ClientConfig{Socket: n.socket(), Starter: p.proxyPods})
+	pods := &proxyPods{running: map[string]*proxyPod{}}
+	return &proxy{pods, n.runProxy(zds.ClientConfig{Socket: n.socket(), Starter: pods})}
+}
+
+func (n *node) runProxy(cfg zds.ClientConfig) (die func()) {
+	c := zds.NewClient(cfg)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan struct{})
 	go func() { defer close(done); _ = c.Run(ctx) }()
-	p.die = sync.OnceFunc(func() {
+	die = sync.OnceFunc(func() {
 		cancel()
 		<-done
 		for _, st := range c.Pods() {
@@ -179,8 +183,8 @@ func (n *node) startProxy() *proxy {
 			}
 		}
 	})
-	n.Cleanup(p.die)
-	return p
+	n.Cleanup(die)
+	return die
 }
 
 // podNS is a pod with one interface.

@@ -292,7 +292,7 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 		return w.tellNode(p)
 	}
 	ns := w.drop()
-	if ns != nil && w.current.Netns != p.Netns {
+	if ns != nil && w.current.Netns != p.Netns && !isNetns(ns, p.Netns) {
 		// The pod has another namespace; the first is gone or going.
 		_ = ns.Close()
 		ns = nil
@@ -384,6 +384,19 @@ func openNetns(p Pod) (*os.File, error) {
 	return podnet.OpenNetns(p.Netns)
 }
 
+// isNetns says whether path is another way to ns, or no way to any namespace yet.
+func isNetns(ns *os.File, path string) bool {
+	if path == NotFound {
+		return true
+	}
+	have, err := ns.Stat()
+	if err != nil {
+		return false
+	}
+	want, err := os.Stat(path)
+	return err == nil && os.SameFile(have, want)
+}
+
 // capture attaches, or attaches again: that repairs, takes other flags on, and
 // finds which older flows are left. It owns ns, which is opened if nil.
 func (w *worker) capture(ctx context.Context, ns *os.File, p Pod) (_ *attachment, err error) {
@@ -447,7 +460,11 @@ func (w *worker) offer(ctx context.Context, a *attachment, p, told Pod) error {
 	}
 	// A proxy that an earlier agent gave the device to has the only
 	// descriptor. It knows the pod, as it was told then.
+	told.Netns = p.Netns // Which no proxy was told.
 	if told.UID != "" && !told.equal(&p) {
+		if !w.agent.server.State(w.uid).Kept {
+			return errors.New("the proxy that has the device has yet to come and lend it")
+		}
 		if err := w.agent.server.Delete(ctx, w.uid); err != nil {
 			return err
 		}

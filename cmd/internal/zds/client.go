@@ -62,6 +62,14 @@ type Yielder interface {
 	Lend() (f Files, yielded bool, err error)
 }
 
+// An Updater is a Proxy that takes a change of its pod without a cut.
+type Updater interface {
+	Proxy
+	// Update serves the pod as w says from now on; its device is the same. After an
+	// error nothing has changed, and the pod is started again.
+	Update(w Workload) error
+}
+
 // ClientConfig is what a Client needs. The zero value of a field is the
 // default named on it.
 type ClientConfig struct {

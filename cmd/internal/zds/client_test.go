@@ -18,7 +18,8 @@ import (
 type starter struct {
 	mu     sync.Mutex
 	fail   error
-	files  map[string]Files // Of the running pods, by UID.
+	update func(Workload) error // Of every pod; nil: they are no Updaters.
+	files  map[string]Files     // Of the running pods, by UID.
 	starts int
 	stops  int
 }
@@ -44,8 +45,17 @@ func (s *starter) Start(w Workload, files Files) (Proxy, error) {
 	}
 	s.files[w.UID] = files
 	s.starts++
-	return startedPod{s, w.UID, files}, nil
+	if p := (startedPod{s, w.UID, files}); s.update == nil {
+		return p, nil
+	} else {
+		return changingPod{p}, nil
+	}
 }
+
+// changingPod is an Updater.
+type changingPod struct{ startedPod }
+
+func (p changingPod) Update(w Workload) error { return p.s.update(w) }
 
 func (p startedPod) Stop() {
 	p.s.mu.Lock()
@@ -276,6 +286,60 @@ func TestClientReplacesPod(t *testing.T) {
 		}
 	}
 	ct.wantRunning("one is left", "u")
+}
+
+// TestClientUpdatesPod: what needs no other device cuts nothing.
+func TestClientUpdatesPod(t *testing.T) {
+	var told []Workload
+	refuse := false
+	ct := newClientTest(t)
+	ct.starter.update = func(w Workload) error {
+		told = append(told, w)
+		if refuse {
+			return errors.New("no such change")
+		}
+		return nil
+	}
+	p := ct.accept()
+	last := addOf("u").workload
+	p.request(addOf("u"), device(t))
+	p.wantOK("add")
+	for _, tt := range []struct {
+		why     string
+		change  func(*Workload)
+		refuse  bool
+		updates bool
+		starts  bool
+	}{
+		{why: "the same"},
+		{why: "addresses of the node", change: func(w *Workload) { w.Device.NodeAddresses = nil }, updates: true},
+		{why: "an address", change: func(w *Workload) { w.Device.Addresses = w.Device.Addresses[:1] }, updates: true},
+		{why: "settings", change: func(w *Workload) { w.Device.BypassInbound, w.Device.ProbePorts = false, nil }, updates: true},
+		{why: "what it cannot take", change: func(w *Workload) { w.Device.VirtualInterfaces = false }, refuse: true, updates: true, starts: true},
+		{why: "another device", change: func(w *Workload) { w.Device.ID = "two" }, starts: true},
+		{why: "another way to read it", change: func(w *Workload) { w.Device.Offload = !w.Device.Offload }, starts: true},
+		{why: "another account", change: func(w *Workload) { w.ServiceAccount = "other" }, starts: true},
+	} {
+		told, refuse = nil, tt.refuse
+		before, _ := ct.starter.counts()
+		d := *last.Device
+		last.Device = &d
+		if tt.change != nil {
+			tt.change(&last)
+		}
+		open := openFiles(t)
+		p.request(request{kind: kindAdd, workload: last}, device(t))
+		p.wantOK(tt.why)
+		if starts, _ := ct.starter.counts(); (starts > before) != tt.starts || (len(told) > 0) != tt.updates {
+			t.Errorf("%s: %d starts, told of %d changes", tt.why, starts-before, len(told))
+		}
+		if got := openFiles(t); got != open+1 { // That of the test.
+			t.Errorf("%s: %d descriptors more", tt.why, got-open)
+		}
+		if pods := ct.client.Pods(); len(pods) != 1 || !pods[0].Workload.Equal(last) {
+			t.Errorf("%s: it is described as %+v", tt.why, pods)
+		}
+	}
 }
 
 func TestClientRetriesPending(t *testing.T) {

@@ -17,6 +17,11 @@ func (c *Client) add(w Workload, files Files) error {
 			files.Close()
 			return nil
 		}
+		if c.update(old, w) {
+			c.forgetPending(w.UID)
+			files.Close()
+			return nil
+		}
 		if c.isLeaving() {
 			files.Close()
 			return errLeaving
@@ -35,6 +40,24 @@ func (c *Client) add(w Workload, files Files) error {
 	}
 	c.forgetPending(w.UID)
 	return nil
+}
+
+// update tells the pod's proxy what has changed, and reports whether that does.
+func (c *Client) update(old runningPod, w Workload) bool {
+	u, ok := old.proxy.(Updater)
+	if !ok || !old.workload.sameDevice(w) {
+		return false
+	}
+	log := c.cfg.Log.With("pod", w.Namespace+"/"+w.Name, "uid", w.UID)
+	if err := u.Update(w); err != nil {
+		log.Warn("pod's connections are cut: it cannot be changed while it is served", "error", err)
+		return false
+	}
+	log.Info("pod has changed")
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.running[w.UID] = runningPod{workload: w, proxy: old.proxy}
+	return true
 }
 
 // start starts w, or makes it pending. It owns files.

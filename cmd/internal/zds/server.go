@@ -184,6 +184,7 @@ type State struct {
 	Set    bool // The pod is set.
 	Device bool // The Server holds its device.
 	Served bool // A proxy took it as last described.
+	Kept   bool // A proxy that cannot lend it may have the only descriptor of the device.
 	Stale  bool // No proxy gets it before Update (or Set) has said which older flows are left.
 	Reader int  // The PID of the proxy that may read the device; 0: none, or not visible.
 	Err    error
@@ -204,6 +205,7 @@ func (s *Server) State(uid string) State {
 		st.Served = p.acked == p.serial
 	}
 	if p.files.Device == nil {
+		st.Kept = slices.ContainsFunc(s.conns, func(c *serverConn) bool { return c.knowsLocked(uid) && !c.proc.hello.ztun })
 		st.Served = slices.ContainsFunc(s.conns, func(c *serverConn) bool { return c.knowsLocked(uid) })
 	}
 	switch {

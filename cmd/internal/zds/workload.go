@@ -47,6 +47,14 @@ func (w Workload) Equal(o Workload) bool {
 	return w.Device.Equal(*o.Device)
 }
 
+// sameDevice reports whether both are of one pod on the same open device, which is
+// read in the same way.
+func (w Workload) sameDevice(o Workload) bool {
+	x, y := w.Device, o.Device
+	return w.UID == o.UID && w.Name == o.Name && w.Namespace == o.Namespace && w.ServiceAccount == o.ServiceAccount &&
+		x != nil && y != nil && x.ID != "" && x.ID == y.ID && x.MTU == y.MTU && x.Offload == y.Offload
+}
+
 // A Device says what the proxy must know of a pod's TUN device.
 type Device struct {
 	// ID is equal for two descriptors of the same open device, and unique

@@ -1,0 +1,105 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/ztun/ztun/cmd/internal/zds"
+)
+
+// lenders are proxyPods that lend their devices to an agent that has none, as
+// those of ztun's own proxy do, and take changes.
+type lenders struct{ *proxyPods }
+
+func (p lenders) Start(w zds.Workload, files zds.Files) (zds.Proxy, error) {
+	pod, err := p.proxyPods.Start(w, files)
+	return lender{pod.(*proxyPod)}, err
+}
+
+type lender struct{ *proxyPod }
+
+func (lender) Yield(*os.File) error  { return errors.New("not in this test") }
+func (lender) Predecessor() *os.File { return nil }
+
+func (p lender) Update(w zds.Workload) error {
+	p.owner.mu.Lock()
+	defer p.owner.mu.Unlock()
+	p.workload = w
+	return nil
+}
+
+func (p lender) Lend() (f zds.Files, yielded bool, err error) {
+	p.owner.mu.Lock()
+	defer p.owner.mu.Unlock()
+	again := func(file *os.File) *os.File {
+		fd, err := unix.FcntlInt(file.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			panic(err)
+		}
+		return os.NewFile(uintptr(fd), file.Name())
+	}
+	f.Device = again(p.files.Device)
+	for _, file := range p.files.ICMP {
+		f.ICMP = append(f.ICMP, again(file))
+	}
+	return f, false, nil
+}
+
+// startLenders is a proxy of ztun's.
+func (n *node) startLenders() *proxyPods {
+	pods := &proxyPods{running: map[string]*proxyPod{}}
+	n.runProxy(zds.ClientConfig{Socket: n.socket(), Starter: lenders{pods}, Yields: true})
+	return pods
+}
+
+// TestChangeCutsNothing: neither while the agent runs, nor of a pod that the
+// next agent wants otherwise or knows by another path.
+func TestChangeCutsNothing(t *testing.T) {
+	n, ns := newNode(t), podNS(t)
+	p := podIn(ns, "u")
+	p.Addresses = []netip.Addr{netip.MustParseAddr("10.0.0.2")}
+	n.set(p)
+	proxy := n.startLenders()
+	n.wait("u")
+	told := func(why string, is func(*zds.Device) bool) {
+		t.Helper()
+		eventually(t, why, func() bool { w, ok := proxy.workload("u"); return ok && is(w.Device) })
+		n.wait("u")
+		if got := proxy.started(); got != 1 {
+			t.Fatalf("%s: started %d times", why, got)
+		}
+	}
+
+	n.agent.SetNodeAddresses([]netip.Addr{netip.MustParseAddr("192.168.0.2")})
+	told("the node's address", func(d *zds.Device) bool { return d.NodeAddresses[0].String() == "192.168.0.2" })
+
+	// What is not mounted is found anew with the second address, and has another path.
+	f, err := os.Open(p.Netns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	p.Netns = fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	p.Addresses = append(p.Addresses, netip.MustParseAddr("fd00::2"))
+	n.set(p)
+	told("a second address", func(d *zds.Device) bool { return slices.Equal(d.Addresses, p.Addresses) })
+
+	p.ProbePorts, p.BypassInbound = []uint16{8080}, true
+	n.set(p)
+	told("settings", func(d *zds.Device) bool { return d.BypassInbound && len(d.ProbePorts) == 1 })
+
+	n.stop()
+	n.startAgent()
+	p.BypassInbound, p.Netns = false, ns.Path()
+	n.set(p)
+	told("a change while the agent was away", func(d *zds.Device) bool { return !d.BypassInbound })
+	if !n.status("u").Held {
+		t.Error("the device was not lent")
+	}
+}
