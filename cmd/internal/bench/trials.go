@@ -205,7 +205,7 @@ func pacedTrial() trial {
 		if err != nil {
 			return nil, err
 		}
-		busy, err := busyTime()
+		idle, err := readClock()
 		if err != nil {
 			return nil, err
 		}
@@ -213,7 +213,7 @@ func pacedTrial() trial {
 		if err != nil {
 			return nil, err
 		}
-		busyAfter, err := busyTime()
+		busy, err := readClock()
 		if err != nil {
 			return nil, err
 		}
@@ -222,7 +222,7 @@ func pacedTrial() trial {
 			return nil, err
 		}
 		values := map[string]float64{
-			machine: micros(busyAfter-busy) / float64(got.Total),
+			machine: micros(busy.since(idle)) / float64(got.Total),
 			p50:     micros(got.Latency.quantile(0.5)), p99: micros(got.Latency.quantile(0.99)), p999: micros(got.Latency.quantile(0.999)),
 		}
 		if len(pids) > 0 {

@@ -54,14 +54,17 @@ func measureUsage(o order) (answer, error) {
 	return a, nil
 }
 
-// busyTime sums the CPU time of all processes that there are, kernel threads
-// included. /proc/stat would be quicker, but where it counts by ticks, work of
-// less than a tick that a timer began is counted wrong by any factor.
-func busyTime() (sum time.Duration, err error) {
+// A clock is the CPU time of each process that there is, kernel threads
+// included, by pid. /proc/stat would be quicker, but where it counts by ticks,
+// work of less than a tick that a timer began is counted wrong by any factor.
+type clock map[int]time.Duration
+
+func readClock() (clock, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
-		return 0, fmt.Errorf("bench: CPU of the machine: %w", err)
+		return nil, fmt.Errorf("bench: CPU of the machine: %w", err)
 	}
+	c := clock{}
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
 		if err != nil {
@@ -72,11 +75,23 @@ func busyTime() (sum time.Duration, err error) {
 			continue // It has just ended.
 		}
 		if err != nil {
-			return 0, fmt.Errorf("bench: CPU of process %d: %w", pid, err)
+			return nil, fmt.Errorf("bench: CPU of process %d: %w", pid, err)
 		}
+		c[pid] = t
+	}
+	return c, nil
+}
+
+// since is what all processes used after before was read. What one used that has
+// ended meanwhile is not known, and not counted.
+func (c clock) since(before clock) (sum time.Duration) {
+	for pid, t := range c {
+		if earlier := before[pid]; earlier <= t {
+			t -= earlier
+		} // Else the pid is another process's now.
 		sum += t
 	}
-	return sum, nil
+	return sum
 }
 
 // kernelMemory is what the kernel itself uses: sockets and all that belongs
