@@ -194,6 +194,7 @@ func podNS(t *testing.T) *netnstest.NS {
 	ns.Addr("eth0", "10.0.0.2/24", "fd00::2/64")
 	host.Addr("veth0", "10.0.0.1/24", "fd00::1/64")
 	ns.Route("0.0.0.0/0", "10.0.0.1", "eth0")
+	ns.Settled()
 	return ns
 }
 

@@ -170,6 +170,7 @@ func (m *Mesh) bare(net *Network, name string, node *Node) *Pod {
 	p.NS.Addr("eth0", p.Addr.String()+"/16", p.Addr6.String()+"/64")
 	p.NS.Route("0.0.0.0/0", net.gateway().String(), "eth0")
 	p.NS.Route("::/0", net.gateway6().String(), "eth0")
+	p.NS.Settled() // Else what it sends to its own address may leave by this route.
 	p.Workload = &workloadapi.Workload{
 		Uid: "Kubernetes//Pod/" + Namespace + "/" + name, Name: name, Namespace: Namespace,
 		Addresses:      [][]byte{p.Addr.AsSlice(), p.Addr6.AsSlice()},
