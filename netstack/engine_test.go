@@ -26,7 +26,7 @@ func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m)
 }
 
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
 var (
 	pod     = netip.MustParseAddr("10.0.0.1")

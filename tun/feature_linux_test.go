@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
 // foreign makes a device as another program may, in the namespace of the calling thread.
 func foreign(t *testing.T, name string, flags uint16) *os.File {

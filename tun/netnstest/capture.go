@@ -106,10 +106,10 @@ func (c *Capture) Wait(t testing.TB, what string, match func(packet []byte) bool
 	return found[0]
 }
 
-// Eventually polls until ok, and fails the test after ten seconds.
+// Eventually polls until ok, and fails the test after half a minute.
 func Eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for !ok() {
 		if time.Now().After(deadline) {
 			t.Fatalf("netnstest: gave up waiting: %s", what)

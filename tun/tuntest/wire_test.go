@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
 // next reads a packet, or returns nil when none came within d. What it
 // returns is valid until it is called again.

@@ -17,7 +17,7 @@ import (
 
 func TestMain(m *testing.M) { netnstest.Main(m) }
 
-const patience = 10 * time.Second
+const patience = 30 * time.Second
 
 // serve answers each connection to address in the pod with handle.
 func (p *Pod) serve(t *testing.T, address string, handle func(net.Conn)) net.Listener {
