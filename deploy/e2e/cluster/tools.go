@@ -39,6 +39,7 @@ var tools = toolSet{
 		"kube-apiserver":          "k8s.io/kubernetes/cmd/kube-apiserver",
 		"kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager",
 		"kube-scheduler":          "k8s.io/kubernetes/cmd/kube-scheduler",
+		"kubectl":                 "k8s.io/kubernetes/cmd/kubectl",
 		"kubelet":                 "k8s.io/kubernetes/cmd/kubelet",
 		"kube-proxy":              "k8s.io/kubernetes/cmd/kube-proxy",
 		"pilot-discovery":         "istio.io/istio/pilot/cmd/pilot-discovery",
