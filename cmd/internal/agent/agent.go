@@ -36,6 +36,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"slices"
@@ -152,7 +153,6 @@ type Agent struct {
 	mu      sync.Mutex
 	ctx     context.Context // Of Run; nil before.
 	workers map[string]*worker
-	changed chan struct{} // Closed and replaced when a worker's status changed.
 	wg      sync.WaitGroup
 }
 
@@ -182,7 +182,6 @@ func New(cfg Config) (*Agent, error) {
 		server:    zds.NewServer(zds.ServerConfig{Log: cfg.Log, Standin: cfg.Standin}),
 		attaching: make(chan struct{}, 4), detaching: make(chan struct{}, 4),
 		workers: map[string]*worker{},
-		changed: make(chan struct{}),
 	}
 	a.nodeAddrs.Store(&cfg.NodeAddresses)
 	for _, s := range saved {
@@ -223,16 +222,13 @@ func (a *Agent) Run(ctx context.Context) error {
 	return err
 }
 
-// wakeOnChange makes every worker look at what the proxies did.
+// wakeOnChange makes workers look at what the proxies did to their pods.
 func (a *Agent) wakeOnChange(ctx context.Context) {
 	for {
 		changed := a.server.Changed()
-		a.mu.Lock()
-		for _, w := range a.workers {
-			w.kick()
+		for _, w := range a.all() {
+			w.look()
 		}
-		a.announceLocked()
-		a.mu.Unlock()
 		select {
 		case <-changed:
 		case <-ctx.Done():
@@ -246,15 +242,11 @@ func (a *Agent) startLocked(w *worker) {
 	a.wg.Go(func() { w.run(ctx) })
 }
 
-func (a *Agent) announceLocked() {
-	close(a.changed)
-	a.changed = make(chan struct{})
-}
-
-func (a *Agent) announce() {
+// all are the workers as they are now.
+func (a *Agent) all() []*worker {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	a.announceLocked()
+	return slices.Collect(maps.Values(a.workers))
 }
 
 // Set wants p in the mesh, as it says now. It does not wait.
@@ -326,7 +318,7 @@ func (a *Agent) Delete(ctx context.Context, uid string) error {
 	}
 	w.want(nil)
 	for {
-		changed := a.changed
+		changed := w.changes()
 		gone, again, lost := a.workers[uid] != w, !w.unwanted(), w.isLost()
 		a.mu.Unlock()
 		switch {
@@ -376,32 +368,64 @@ func (a *Agent) Forget(ctx context.Context, uid string) error {
 // not when ctx ends.
 func (a *Agent) Wait(ctx context.Context, uid string) error {
 	for {
-		a.mu.Lock()
-		w, changed := a.workers[uid], a.changed
-		a.mu.Unlock()
+		w := a.worker(uid)
 		if w == nil {
 			return fmt.Errorf("agent: pod %s is not wanted", uid)
 		}
-		st := w.status()
-		if st.Phase == Served {
+		changed := w.changes()
+		if w.phaseNow() == Served {
 			return nil
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
+			st := w.status()
+			if st.Error == "" {
+				return fmt.Errorf("agent: pod %s is %s: %w", uid, st.Phase, context.Cause(ctx))
+			}
 			return fmt.Errorf("agent: pod %s is %s: %s: %w", uid, st.Phase, st.Error, context.Cause(ctx))
 		}
 	}
 }
 
+// Phase is how far the pod has come; "" if it is not wanted, nor was. It waits
+// for nothing.
+func (a *Agent) Phase(uid string) Phase {
+	w := a.worker(uid)
+	if w == nil {
+		return ""
+	}
+	return w.phaseNow()
+}
+
+// Await returns the pod's Phase once it is another than from, or when ctx ends.
+func (a *Agent) Await(ctx context.Context, uid string, from Phase) Phase {
+	for {
+		w := a.worker(uid)
+		if w == nil {
+			return ""
+		}
+		changed := w.changes()
+		if now := w.phaseNow(); now != from {
+			return now
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return from
+		}
+	}
+}
+
+func (a *Agent) worker(uid string) *worker {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.workers[uid]
+}
+
 // Status tells of every pod, in the order of their UIDs.
 func (a *Agent) Status() []Status {
-	a.mu.Lock()
-	all := make([]*worker, 0, len(a.workers))
-	for _, w := range a.workers {
-		all = append(all, w)
-	}
-	a.mu.Unlock()
+	all := a.all()
 	out := make([]Status, 0, len(all))
 	for _, w := range all {
 		out = append(out, w.status())
@@ -414,9 +438,7 @@ func (a *Agent) Status() []Status {
 func (a *Agent) SetNodeAddresses(addrs []netip.Addr) {
 	addrs = slices.Clone(addrs)
 	a.nodeAddrs.Store(&addrs)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	for _, w := range a.workers {
+	for _, w := range a.all() {
 		w.kick()
 	}
 }
@@ -427,9 +449,7 @@ func (a *Agent) nodeAddresses() []netip.Addr { return *a.nodeAddrs.Load() }
 // Addresses are a pod's, as far as they are known; none if it is not wanted. It
 // waits for nothing, as Status may.
 func (a *Agent) Addresses(uid string) []netip.Addr {
-	a.mu.Lock()
-	w := a.workers[uid]
-	a.mu.Unlock()
+	w := a.worker(uid)
 	if w == nil {
 		return nil
 	}

@@ -547,6 +547,83 @@ func TestManyPods(t *testing.T) {
 	}
 }
 
+// TestPodsAreLeftAloneWithOthersProxies: what proxies do to one pod is looked at by
+// that one alone, or many at once take the square of their number.
+func TestPodsAreLeftAloneWithOthersProxies(t *testing.T) {
+	a, err := New(Config{StateDir: filepath.Join(t.TempDir(), "state"), Socket: filepath.Join(t.TempDir(), "s")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.listener.Close()
+	for _, uid := range []string{"u", "v"} {
+		p := testPod(uid)
+		p.Netns = "/nowhere"
+		if err := a.Set(p); err != nil { // Nobody runs.
+			t.Fatal(err)
+		}
+	}
+	look := func() (woken []string) {
+		for _, w := range a.all() {
+			before := w.changes()
+			w.look()
+			kicked, told := len(w.wake) > 0, before != w.changes()
+			if kicked != told {
+				t.Errorf("%s: kicked: %v, those who wait told: %v", w.uid, kicked, told)
+			}
+			if kicked {
+				<-w.wake
+				woken = append(woken, w.uid)
+			}
+		}
+		return woken
+	}
+	p := testPod("u")
+	d := &zds.Device{ID: "d", Addresses: []netip.Addr{netip.MustParseAddr("10.0.0.2")}, MTU: 1500}
+	for range 2 { // The second time it is described anew.
+		d.ProbePorts = append(d.ProbePorts, 80)
+		if err := a.server.Set(p.workload(d), zds.Files{}); err != nil {
+			t.Fatal(err)
+		}
+		if got := look(); !slices.Equal(got, []string{"u"}) {
+			t.Errorf("woken: %q, want the one that changed", got)
+		}
+	}
+	if got := look(); len(got) != 0 {
+		t.Errorf("woken without a change: %q", got)
+	}
+}
+
+func TestAwait(t *testing.T) {
+	n, ns := newNode(t), podNS(t)
+	if got := n.agent.Await(t.Context(), "u", Attached); got != "" || n.agent.Phase("u") != "" {
+		t.Errorf("an unknown pod is %q", got)
+	}
+	n.set(podIn(ns, "u"))
+	if got := n.agent.Await(t.Context(), "u", Attaching); got != Attached {
+		t.Errorf("it becomes %q", got)
+	}
+	n.startProxy()
+	if got := n.agent.Await(t.Context(), "u", Attached); got != Served || n.agent.Phase("u") != Served {
+		t.Errorf("it becomes %q", got)
+	}
+	gone := make(chan Phase)
+	go func() {
+		phase := Served
+		for phase != "" {
+			phase = n.agent.Await(t.Context(), "u", phase)
+		}
+		gone <- phase
+	}()
+	n.delete("u")
+	<-gone
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	n.set(podIn(ns, "u"))
+	if got := n.agent.Await(ctx, "u", Attaching); got != Attaching && got != Served && got != Attached {
+		t.Errorf("it is %q", got)
+	}
+}
+
 func TestWaitAndRunRefuse(t *testing.T) {
 	n := newNode(t)
 	if err := n.agent.Wait(t.Context(), "nobody"); err == nil {

@@ -55,6 +55,9 @@ type worker struct {
 	last    Pod // As last wanted, for the status.
 	state   *podnet.State
 	phase   Phase
+	seen    zds.State     // How it stood with the proxies when look was last called; Err is seenErr.
+	seenErr string        //
+	changed chan struct{} // Closed and replaced when something below Status has changed.
 	err     string
 	live    *podnet.Attachment // That of attached.
 	repairs uint64             // Of earlier attachments.
@@ -71,7 +74,7 @@ type attachment struct {
 func newWorker(a *Agent, p Pod, st *podnet.State) *worker {
 	w := &worker{
 		agent: a, uid: p.UID, log: a.log.With("pod", p.String(), "uid", p.UID),
-		wake: make(chan struct{}, 1), wanted: &p, last: p, state: st, phase: Attaching,
+		wake: make(chan struct{}, 1), wanted: &p, last: p, state: st, phase: Attaching, changed: make(chan struct{}),
 	}
 	if st != nil {
 		w.current = p
@@ -84,6 +87,46 @@ func (w *worker) kick() {
 	case w.wake <- struct{}{}:
 	default:
 	}
+}
+
+// changes is closed at the next change of the pod's status.
+func (w *worker) changes() <-chan struct{} {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.changed
+}
+
+func (w *worker) announceLocked() {
+	close(w.changed)
+	w.changed = make(chan struct{})
+}
+
+// look wakes run, and those who wait for the pod, if it stands otherwise with the
+// proxies. What they do to other pods is nothing to it.
+func (w *worker) look() {
+	st, text := w.agent.server.State(w.uid), ""
+	if st.Err != nil {
+		st.Err, text = nil, st.Err.Error()
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if st == w.seen && text == w.seenErr {
+		return
+	}
+	w.seen, w.seenErr = st, text
+	w.announceLocked()
+	w.kick()
+}
+
+// phaseNow is the pod's, by what the worker and the server know.
+func (w *worker) phaseNow() Phase {
+	served := w.agent.server.State(w.uid).Served
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.phase == Attached && served {
+		return Served
+	}
+	return w.phase
 }
 
 // want sets the goal: nil is out of the mesh.
@@ -102,6 +145,7 @@ func (w *worker) want(p *Pod) {
 		w.last, w.ended = *p, false
 		w.keepLocked(nil)
 	}
+	w.announceLocked()
 	w.kick()
 }
 
@@ -275,10 +319,11 @@ func (w *worker) note(err error) (same bool) {
 		text = err.Error()
 	}
 	w.mu.Lock()
-	same = w.err == text
-	w.err = text
-	w.mu.Unlock()
-	w.agent.announce()
+	defer w.mu.Unlock()
+	if same = w.err == text; !same {
+		w.err = text
+		w.announceLocked()
+	}
 	return same
 }
 
@@ -323,8 +368,9 @@ func (w *worker) attach(ctx context.Context, p Pod) error {
 func (w *worker) setAttached(p Pod) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.wanted != nil && w.wanted.equal(&p) {
+	if w.wanted != nil && w.wanted.equal(&p) && w.phase != Attached {
 		w.phase = Attached
+		w.announceLocked()
 	}
 }
 
@@ -535,7 +581,6 @@ func (w *worker) onChange(a *attachment, p Pod, c podnet.Change) {
 	if err != nil {
 		w.log.Error("change in the pod's namespace", "error", err)
 	}
-	w.agent.announce()
 }
 
 // namespace returns that of what is to be detached, which giveBack takes; nil:
@@ -563,6 +608,7 @@ func (w *worker) namespace(ended bool) (*os.File, error) {
 	case lost:
 		w.mu.Lock()
 		w.lost = w.wanted == nil
+		w.announceLocked()
 		w.mu.Unlock()
 	}
 	return ns, err
@@ -617,7 +663,7 @@ func (w *worker) detach(ctx context.Context) (done bool, err error) {
 		return false, nil
 	}
 	delete(a.workers, w.uid)
-	a.announceLocked()
+	w.announceLocked()
 	w.log.Info("pod is out of the mesh")
 	return true, nil
 }

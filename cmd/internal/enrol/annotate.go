@@ -31,7 +31,7 @@ func markOf(pod *corev1.Pod) string {
 
 // mark writes the annotation, if it is not there already.
 func (c *Controller) mark(ctx context.Context, pod *corev1.Pod, value string) error {
-	if markOf(pod) == value {
+	if markOf(pod) == value || c.known.marked(pod, value) {
 		return nil
 	}
 	var v *string // nil is null: the annotation goes.
@@ -53,5 +53,6 @@ func (c *Controller) mark(ctx context.Context, pod *corev1.Pod, value string) er
 	if err != nil {
 		return fmt.Errorf("enrol: annotate pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}
+	c.known.setMarked(pod, value)
 	return nil
 }

@@ -56,6 +56,8 @@ type Agent interface {
 	Detach(ctx context.Context, p agent.Pod) error
 	Forget(ctx context.Context, uid string) error
 	Wait(ctx context.Context, uid string) error
+	Phase(uid string) agent.Phase
+	Await(ctx context.Context, uid string, from agent.Phase) agent.Phase
 	Status() []agent.Status
 }
 
@@ -157,7 +159,8 @@ type Controller struct {
 	events     struct{ add, update, remove atomic.Uint64 }
 	busy       atomic.Int32 // Keys that are worked on.
 
-	known table
+	known    table
+	followed followers
 
 	// mu guards the fields below.
 	mu   sync.Mutex
@@ -184,6 +187,8 @@ func New(cfg Config) (*Controller, error) {
 		synced:  make(chan struct{}),
 		known:   table{agent: cfg.Agent, pods: map[string]*known{}},
 		seen:    make(chan struct{}),
+
+		followed: followers{late: map[string]bool{}},
 	}
 	if err := c.watch(); err != nil {
 		c.queue.ShutDown()
@@ -208,6 +213,7 @@ func (c *Controller) Run(ctx context.Context) error {
 		cancel()
 		c.queue.ShutDown()
 		wg.Wait()
+		c.followed.wg.Wait()
 		c.locator.clear()
 	}()
 	for _, informer := range c.informers {

@@ -383,6 +383,28 @@ func (a *memAgent) Wait(ctx context.Context, uid string) error {
 	}
 }
 
+func (a *memAgent) Phase(uid string) agent.Phase {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.statusLocked(uid).Phase
+}
+
+func (a *memAgent) Await(ctx context.Context, uid string, from agent.Phase) agent.Phase {
+	for {
+		a.mu.Lock()
+		s, changed := a.statusLocked(uid), a.changed
+		a.mu.Unlock()
+		if s.Phase != from {
+			return s.Phase
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return from
+		}
+	}
+}
+
 func (a *memAgent) statusLocked(uid string) agent.Status {
 	s := a.pods[uid]
 	if s == nil {

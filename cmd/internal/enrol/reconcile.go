@@ -130,35 +130,6 @@ func (c *Controller) missing() []procs.Target {
 	return out
 }
 
-// finish waits until the pod is served, and marks it as what it has become.
-func (c *Controller) finish(ctx context.Context, pod *corev1.Pod) error {
-	limit := c.cfg.ServedTimeout
-	if markOf(pod) == markPending {
-		limit /= 10 // It comes again and again, and must not hold others up.
-	}
-	limited, cancel := context.WithTimeout(ctx, limit)
-	defer cancel()
-	err := c.cfg.Agent.Wait(limited, string(pod.UID))
-	if err == nil {
-		return c.mark(ctx, pod, markEnabled)
-	}
-	if ctx.Err() == nil && c.phase(string(pod.UID)) == agent.Attached {
-		err = errors.Join(err, c.mark(ctx, pod, markPending))
-	}
-	// Where the pod could not be attached there is no mark. The agent goes on
-	// trying, and so do we, to see it.
-	return err
-}
-
-func (c *Controller) phase(uid string) agent.Phase {
-	for _, s := range c.cfg.Agent.Status() {
-		if s.Pod.UID == uid {
-			return s.Phase
-		}
-	}
-	return ""
-}
-
 // remove takes a running pod out of the mesh. The annotation stays until it is.
 func (c *Controller) remove(ctx context.Context, pod *corev1.Pod) error {
 	if err := c.detach(ctx, pod); err != nil {

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/ztun/ztun/cmd/internal/agent"
@@ -27,6 +28,9 @@ type known struct {
 	status []netip.Addr
 	// serial is that of the last Set; 0: never.
 	serial uint64
+	// mark is what the pod was last annotated with, when the informer had it in this
+	// version. While it still has, it does not know of the annotation.
+	mark, version string
 }
 
 // addresses are the pod's, when its status says status. Those that the agent
@@ -134,8 +138,26 @@ func (t *table) set(k known, serial uint64) error {
 	}
 	t.serial++
 	k.serial, k.stale = t.serial, false
+	k.mark, k.version = before.mark, before.version
 	t.pods[k.pod.UID] = &k
 	return nil
+}
+
+// marked says whether the pod was annotated with value since the informer heard of
+// it: two writes for each of many pods wait for each other.
+func (t *table) marked(pod *corev1.Pod, value string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	k := t.pods[string(pod.UID)]
+	return k != nil && k.version != "" && k.version == pod.ResourceVersion && k.mark == value
+}
+
+func (t *table) setMarked(pod *corev1.Pod, value string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if k := t.pods[string(pod.UID)]; k != nil {
+		k.mark, k.version = value, pod.ResourceVersion
+	}
 }
 
 // spoil makes the next set one that is not left out. It returns the serial that

@@ -2,6 +2,7 @@ package zds
 
 import (
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 
@@ -78,6 +79,15 @@ func (p *process) same(o *process) bool {
 		return p.inode == o.inode
 	}
 	return p.pidfd != nil && p.pid != 0 && p.pid == o.pid
+}
+
+// logger names the process in what log takes. One outside of our PID namespace
+// has no number here.
+func (p *process) logger(log *slog.Logger) *slog.Logger {
+	if p.pid == 0 {
+		return log.With("proxy_pidfd_inode", p.inode)
+	}
+	return log.With("proxy_pid", p.pid)
 }
 
 // wait returns once the process has ended, or close was called.

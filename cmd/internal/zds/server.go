@@ -181,12 +181,13 @@ func (s *Server) Delete(ctx context.Context, uid string) error {
 
 // State is what a Server knows of one pod.
 type State struct {
-	Set    bool // The pod is set.
-	Device bool // The Server holds its device.
-	Served bool // A proxy took it as last described.
-	Kept   bool // A proxy that cannot lend it may have the only descriptor of the device.
-	Stale  bool // No proxy gets it before Update (or Set) has said which older flows are left.
-	Reader int  // The PID of the proxy that may read the device; 0: none, or not visible.
+	Set    bool   // The pod is set.
+	Device bool   // The Server holds its device.
+	Served bool   // A proxy took it as last described.
+	Serial uint64 // Grows each time that the pod is described otherwise.
+	Kept   bool   // A proxy that cannot lend it may have the only descriptor of the device.
+	Stale  bool   // No proxy gets it before Update (or Set) has said which older flows are left.
+	Reader int    // The PID of the proxy that may read the device; 0: none, or not visible.
 	Err    error
 }
 
@@ -199,7 +200,7 @@ func (s *Server) State(uid string) State {
 	if p == nil {
 		return State{}
 	}
-	st := State{Set: true, Device: p.files.Device != nil, Stale: p.stale}
+	st := State{Set: true, Device: p.files.Device != nil, Stale: p.stale, Serial: p.serial}
 	if p.reader != nil {
 		st.Reader = p.reader.pid
 		st.Served = p.acked == p.serial

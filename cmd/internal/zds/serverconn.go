@@ -28,7 +28,7 @@ type serverConn struct {
 func newServerConn(s *Server, conn *net.UnixConn, proc *process) *serverConn {
 	return &serverConn{
 		server: s, conn: conn, proc: proc,
-		log:   s.cfg.Log.With("proxy_pid", proc.pid),
+		log:   proc.logger(s.cfg.Log),
 		wake:  make(chan struct{}, 1),
 		dirty: map[string]struct{}{}, told: map[string]uint64{}, awaits: map[string]struct{}{},
 	}
