@@ -1,9 +1,14 @@
 package cluster
 
 import (
+	"errors"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestModes(t *testing.T) {
@@ -55,5 +60,33 @@ func TestAddresses(t *testing.T) {
 	}
 	if !strings.Contains(systemObjects, "clusterIP: "+dnsService) {
 		t.Errorf("DNS is not %s", dnsService)
+	}
+}
+
+func TestOneRunPreparesAtATime(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "lock")
+	unlock, err := lock(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := unix.Flock(int(other.Fd()), unix.LOCK_EX|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+		t.Errorf("the lock is not held: %v", err)
+	}
+	second := make(chan error, 1)
+	go func() {
+		unlock, err := lock(path)
+		if err == nil {
+			unlock()
+		}
+		second <- err
+	}()
+	unlock()
+	if err := <-second; err != nil {
+		t.Errorf("the second run: %v", err)
 	}
 }
