@@ -116,7 +116,7 @@ func (n *node) build() (err error) {
 	if err != nil {
 		return err
 	}
-	n.askSocket, err = socket.Listen("unixpacket", filepath.Join(filepath.Dir(cfg.Socket), owner.SocketName), cfg.ProxyUID, cfg.ProxyGID)
+	n.askSocket, err = socket.Listen("unixpacket", n.questions(), cfg.ProxyUID, cfg.ProxyGID)
 	if err != nil {
 		return err
 	}
@@ -138,6 +138,9 @@ func (n *node) build() (err error) {
 	})
 	return err
 }
+
+// questions is the path of the socket on which proxies ask.
+func (n *node) questions() string { return filepath.Join(filepath.Dir(n.cfg.Socket), owner.SocketName) }
 
 // isProbe says whether a connection that a node's address opens is a kubelet's.
 func (n *node) isProbe(src, dst netip.AddrPort) bool {

@@ -26,6 +26,7 @@ import (
 	"k8s.io/client-go/rest"
 
 	"github.com/ztun/ztun/cmd/internal/cni/wire"
+	"github.com/ztun/ztun/cmd/internal/owner"
 	"github.com/ztun/ztun/tun/netnstest"
 )
 
@@ -407,6 +408,11 @@ func TestPodsAtStop(t *testing.T) {
 				a.put(ownPath, nil)
 			}
 			p.stop()
+			for _, name := range []string{"run/z.sock", "run/" + wire.SocketName, "run/" + owner.SocketName, "state"} {
+				if _, err := os.Lstat(filepath.Join(dir, name)); (err == nil) == uninstall {
+					t.Errorf("%s after the stop: %v", name, err)
+				}
+			}
 			if left := strings.Contains(pod.Run("ip", "link"), "ztun0") || pod.Run("ip", "rule") != before; left == uninstall {
 				t.Errorf("captured after the stop: %v; log: %s", left, p.out)
 			}

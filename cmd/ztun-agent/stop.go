@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
@@ -14,6 +17,8 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/component-helpers/scheduling/corev1/nodeaffinity"
+
+	"github.com/ztun/ztun/cmd/internal/cni/wire"
 )
 
 const (
@@ -108,10 +113,21 @@ func (n *node) leave(granted bool, stopKube func()) {
 		n.log.Error("removing the plugin", "error", err)
 	} else {
 		n.log.Info("the plugin is removed")
+		n.sweep(os.Remove(filepath.Join(n.cfg.RunDir, wire.SocketName)))
 	}
 	if v == uninstalled {
 		stopKube()
-		n.detachAll(granted)
+		if n.detachAll(granted) {
+			n.sweep(n.agent.Clean())
+			n.sweep(os.Remove(n.questions()))
+		}
+	}
+}
+
+// sweep tells of a file of the agent's that stays.
+func (n *node) sweep(err error) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		n.log.Warn("a file of the agent's stays on the node", "error", err)
 	}
 }
 
@@ -146,8 +162,8 @@ func (n *node) decide(granted bool) verdict {
 
 // detachAll takes every pod out of the mesh, if the proxies go as well: then
 // everything is being uninstalled, and pods must not be left without a network.
-// While a proxy stays, so do its pods.
-func (n *node) detachAll(granted bool) {
+// While a proxy stays, so do its pods. done: no proxy and no pod needs an agent.
+func (n *node) detachAll(granted bool) (done bool) {
 	gone := func() bool {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
@@ -155,15 +171,16 @@ func (n *node) detachAll(granted bool) {
 	}
 	if !wait(proxyTimeout, gone) {
 		n.log.Warn("a proxy still serves this node: its pods stay captured, and new ones start without the mesh")
-		return
+		return false
 	}
 	ctx, cancel := context.WithTimeoutCause(context.Background(), detachTimeout, errors.New("the agent has to end"))
 	defer cancel()
 	if left := n.enrol.RemoveAll(ctx); left > 0 {
 		n.log.Error("pods stay captured: what was done to them has to be undone by another agent, or ends with them", "pods", left)
-		return
+		return false
 	}
 	n.log.Info("pods are out of the mesh")
+	return true
 }
 
 // proxiesGo says whether the node's proxies are told to stop, and no other follows.

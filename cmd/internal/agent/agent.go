@@ -35,10 +35,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"maps"
 	"net"
 	"net/netip"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -454,6 +456,22 @@ func (a *Agent) Addresses(uid string) []netip.Addr {
 		return nil
 	}
 	return w.addresses()
+}
+
+// Clean removes the socket, by which nobody finds the agent any more, and the
+// directory of the state if no pod is left in it. What is not there is no error.
+func (a *Agent) Clean() error {
+	err := os.Remove(a.cfg.Socket)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	if err != nil {
+		err = fmt.Errorf("agent: clean up: %w", err)
+	}
+	if len(a.all()) > 0 {
+		return err
+	}
+	return errors.Join(err, a.store.clean())
 }
 
 // Proxies is how many proxies are connected.

@@ -135,6 +135,17 @@ func (s *store) remove(uid string) error {
 	return s.sync()
 }
 
+// clean removes the directory, unless something is in it. The one that it is in
+// may be mounted, and then stays.
+func (s *store) clean() error {
+	err := os.Remove(s.dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("agent: state: %w", err)
+	}
+	_ = os.Remove(filepath.Dir(s.dir))
+	return nil
+}
+
 func (s *store) sync() error {
 	d, err := os.Open(s.dir)
 	if err != nil {
