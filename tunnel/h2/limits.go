@@ -138,8 +138,8 @@ func (c *Conn) ignored() {
 	c.tooMany(LimitIgnored)
 }
 
-// lateFrameCost is what a frame on a stream that we reset costs beside its
-// payload; maxLate bounds what resets allow.
+// lateFrameCost is what a frame without payload costs on a stream that we
+// reset; maxLate bounds what resets allow.
 const (
 	lateFrameCost = 64
 	lateAllowance = 4 << 10
@@ -153,8 +153,12 @@ func (c *Conn) expectLate(window int64) {
 }
 
 // isLate reports whether a frame with n bytes on a closed stream can be one
-// that crossed our RST_STREAM.
+// that crossed our RST_STREAM. A window may be on its way in frames of a byte
+// each, so DATA costs no more than it carries.
 func (c *Conn) isLate(n int) bool {
-	c.abuse.late -= int64(n) + lateFrameCost
+	if n == 0 {
+		n = lateFrameCost
+	}
+	c.abuse.late -= int64(n)
 	return c.abuse.late >= 0
 }

@@ -376,10 +376,25 @@ func TestFramesOnClosedStreams(t *testing.T) {
 			s := tc.accept(1)
 			tc.do(func() { s.s.Reset(ErrCancel) })
 			n := tc.flood(1<<20, func(fr *http2.Framer, i int) { fr.WriteData(1, false, []byte("0123456789")) })
-			if n > 10000 {
+			if n > 2*DefaultInitialWindow/10 {
 				t.Errorf("%d frames were ignored", n)
 			}
 			tc.wantConnError(CodeStreamClosed, "")
+		})
+	})
+	// "An endpoint MUST minimally process and then discard any frames it
+	// receives in this state." https://www.rfc-editor.org/rfc/rfc9113#section-5.1
+	t.Run("that were reset, with a window of small frames under way", func(t *testing.T) {
+		run(t, func(tc *testConn) {
+			tc.greet()
+			s, neighbour := tc.accept(1), tc.accept(3)
+			tc.do(func() { s.s.Reset(ErrCancel) })
+			tc.flood(DefaultInitialWindow, func(fr *http2.Framer, i int) { fr.WriteData(1, false, []byte("x")) })
+			if err := neighbour.s.Failure(); err != nil {
+				t.Errorf("a neighbour failed: %v", err)
+			}
+			tc.data()
+			tc.wantAlive()
 		})
 	})
 	t.Run("opened again", func(t *testing.T) {

@@ -98,7 +98,7 @@ func (c *Conn) Write(p []byte) (int, error) {
 	total := 0
 	for total < len(p) {
 		var n int
-		var err error
+		err := net.ErrClosed // of a loop that has ended
 		c.loop.Do(func() { n, err = c.end.Write(p[total:]) })
 		total += n
 		if errors.Is(err, splice.ErrAgain) {
