@@ -18,10 +18,12 @@ import (
 type starter struct {
 	mu     sync.Mutex
 	fail   error
-	update func(Workload) error // Of every pod; nil: they are no Updaters.
-	files  map[string]Files     // Of the running pods, by UID.
+	files  map[string]Files // Of the running pods, by UID.
 	starts int
 	stops  int
+	// updates makes every pod an Updater, which takes no change if fixed.
+	updates, fixed bool
+	changes        int
 }
 
 type startedPod struct {
@@ -45,17 +47,35 @@ func (s *starter) Start(w Workload, files Files) (Proxy, error) {
 	}
 	s.files[w.UID] = files
 	s.starts++
-	if p := (startedPod{s, w.UID, files}); s.update == nil {
-		return p, nil
-	} else {
+	p := startedPod{s, w.UID, files}
+	if s.updates {
 		return changingPod{p}, nil
 	}
+	return p, nil
 }
 
 // changingPod is an Updater.
 type changingPod struct{ startedPod }
 
-func (p changingPod) Update(w Workload) error { return p.s.update(w) }
+func (p changingPod) Update(Workload) error {
+	p.s.mu.Lock()
+	defer p.s.mu.Unlock()
+	p.s.changes++
+	if p.s.fixed {
+		return errors.New("no such change")
+	}
+	return nil
+}
+
+// changed makes every pod an Updater from now on, and says of how many changes
+// they were told since it was called last.
+func (s *starter) changed(fixed bool) (told int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	told, s.changes = s.changes, 0
+	s.updates, s.fixed = true, fixed
+	return told
+}
 
 func (p startedPod) Stop() {
 	p.s.mu.Lock()
@@ -290,16 +310,8 @@ func TestClientReplacesPod(t *testing.T) {
 
 // TestClientUpdatesPod: what needs no other device cuts nothing.
 func TestClientUpdatesPod(t *testing.T) {
-	var told []Workload
-	refuse := false
 	ct := newClientTest(t)
-	ct.starter.update = func(w Workload) error {
-		told = append(told, w)
-		if refuse {
-			return errors.New("no such change")
-		}
-		return nil
-	}
+	ct.starter.changed(false)
 	p := ct.accept()
 	last := addOf("u").workload
 	p.request(addOf("u"), device(t))
@@ -320,7 +332,7 @@ func TestClientUpdatesPod(t *testing.T) {
 		{why: "another way to read it", change: func(w *Workload) { w.Device.Offload = !w.Device.Offload }, starts: true},
 		{why: "another account", change: func(w *Workload) { w.ServiceAccount = "other" }, starts: true},
 	} {
-		told, refuse = nil, tt.refuse
+		ct.starter.changed(tt.refuse)
 		before, _ := ct.starter.counts()
 		d := *last.Device
 		last.Device = &d
@@ -330,8 +342,9 @@ func TestClientUpdatesPod(t *testing.T) {
 		open := openFiles(t)
 		p.request(request{kind: kindAdd, workload: last}, device(t))
 		p.wantOK(tt.why)
-		if starts, _ := ct.starter.counts(); (starts > before) != tt.starts || (len(told) > 0) != tt.updates {
-			t.Errorf("%s: %d starts, told of %d changes", tt.why, starts-before, len(told))
+		told := ct.starter.changed(false)
+		if starts, _ := ct.starter.counts(); (starts > before) != tt.starts || (told > 0) != tt.updates {
+			t.Errorf("%s: %d starts, told of %d changes", tt.why, starts-before, told)
 		}
 		if got := openFiles(t); got != open+1 { // That of the test.
 			t.Errorf("%s: %d descriptors more", tt.why, got-open)
