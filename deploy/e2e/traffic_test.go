@@ -1,10 +1,10 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
-	"strings"
 	"testing"
 
 	"github.com/ztun/ztun/deploy/e2e/cluster"
@@ -14,60 +14,90 @@ import (
 const hbonePort = 15008
 
 func TestAcrossNodes(t *testing.T) {
-	ctx := claim(t, "to a service and to a pod across nodes: HBONE, both identities in the logs, nothing but 15008 on the wire")
-	mesh(t)
-	p := newPlace(ctx, t, ambient)
-	p.run(pod{name: "client", node: "node1"}, pod{name: "server", node: "node2"})
-	p.talk("client", "server")
+	talk(t, "node2", ipv4, "to a service and to a pod across nodes: HBONE, both identities in the logs, nothing but 15008 on the wire")
 }
 
 func TestOneNode(t *testing.T) {
-	ctx := claim(t, "the same on one node")
-	mesh(t)
-	p := newPlace(ctx, t, ambient)
-	p.run(pod{name: "client", node: "node1"}, pod{name: "server", node: "node1"})
-	p.talk("client", "server")
+	talk(t, "node1", ipv4, "the same on one node, where the proxy joins both ends in memory")
 }
 
-// talk sends every kind of traffic, and checks what logs and wires show of it.
-func (p *place) talk(client, server string) {
-	p.t.Helper()
-	p.enrolled(client, server)
-	from, to := p.get(client), p.get(server)
-	p.until("an answer of "+server, works, client, "get", "http://"+server+"/")
+func TestAcrossNodesIPv6(t *testing.T) {
+	talk(t, "node2", ipv6, "the same across nodes over IPv6")
+}
+
+func TestOneNodeIPv6(t *testing.T) {
+	talk(t, "node1", ipv6, "the same on one node over IPv6")
+}
+
+// A family is an index of a pod's addresses, and what a service says of it.
+type family int
+
+const (
+	ipv4 family = iota
+	ipv6
+)
+
+func (f family) String() string { return [...]string{"IPv4", "IPv6"}[f] }
+
+// talk sends every kind of traffic from a pod of node1 to one of another node,
+// or of its own, and checks what logs and wires show of it.
+func talk(t *testing.T, node string, f family, text string) {
+	ctx := claim(t, text)
+	mesh(t)
+	p := newPlace(ctx, t, ambient)
+	p.run(pod{name: "client", node: "node1"}, pod{name: "server", node: node})
+	p.enrolled("client", "server")
+	p.apply(familyService, p.name, f)
+	from, to := p.get("client").Status.PodIPs[f].IP, p.get("server").Status.PodIPs[f].IP
+	marks := []string{`direction="inbound"`, p.identity("client"), p.identity("server")}
+	if node == "node1" {
+		marks = append(marks, `path="same-node"`)
+	}
+	p.wait("a way in the mesh", func() error {
+		if a := p.ask("client", "get", "-timeout=2s", "http://only/"); a.Error != "" {
+			return errors.New(a.Error)
+		}
+		n, err := p.countLines(marks...)
+		if err == nil && n == 0 {
+			err = fmt.Errorf("no log line with %q", marks)
+		}
+		return err
+	})
 	var wires []*cluster.Wire
 	for _, n := range world.Nodes {
 		w, err := n.Wire()
 		if err != nil {
-			p.t.Fatal(err)
+			t.Fatal(err)
 		}
 		wires = append(wires, w)
 	}
 	for _, command := range [][]string{
-		{"get", "http://" + server + "/"},
-		{"get", "http://" + net.JoinHostPort(to.Status.PodIP, "8080") + "/"},
-		{"tcp", server + ":9001"},
-		{"grpc", net.JoinHostPort(to.Status.PodIP, "9002")},
+		{"get", "http://only/"},
+		{"get", "http://" + net.JoinHostPort(to, "8080") + "/"},
+		{"tcp", "only:9001"},
+		{"grpc", net.JoinHostPort(to, "9002")},
 	} {
-		a := p.ask(client, command...)
+		a := p.ask("client", command...)
 		if a.Error != "" {
-			p.t.Errorf("%v: %s", command, a.Error)
+			t.Errorf("%v: %s", command, a.Error)
 		}
-		if command[0] != "grpc" && !strings.HasPrefix(a.Seen.Peer, from.Status.PodIP+":") {
-			p.t.Errorf("%v: the server saw %s, want the client's address %s", command, a.Seen.Peer, from.Status.PodIP)
+		if host, _, err := net.SplitHostPort(a.Seen.Peer); command[0] != "grpc" && (err != nil || host != from) {
+			t.Errorf("%v: the server saw %s, want the client's address %s", command, a.Seen.Peer, from)
 		}
 	}
 	hbone := 0
 	for _, w := range wires {
-		hbone += wantOnlyHBONE(p.t, w.Close(), from.Status.PodIP, to.Status.PodIP)
+		hbone += wantOnlyHBONE(t, w.Close(), from, to)
 	}
 	// On one node the proxy hands streams over in memory.
-	if across := from.Spec.NodeName != to.Spec.NodeName; across && hbone == 0 {
-		p.t.Error("the wires saw no HBONE")
+	if across := node != "node1"; across && hbone == 0 {
+		t.Error("the wires saw no HBONE")
 	}
-	p.logged("direction=\"inbound\"", p.identity(client), p.identity(server))
-	p.logged("direction=\"outbound\"", p.identity(client), p.identity(server))
+	p.logged(append([]string{net.JoinHostPort(to, "9002"), `direction="outbound"`}, marks[1:]...)...)
 }
+
+const familyService = `{apiVersion: v1, kind: Service, metadata: {name: only, namespace: %[1]s}, spec: {
+  ipFamilies: [%[2]s], selector: {app: server}, ports: [{name: http, port: 80, targetPort: 8080}, {name: first, port: 9001}]}}`
 
 // wantOnlyHBONE wants nothing else between two pods, and counts its segments.
 func wantOnlyHBONE(t *testing.T, segments []cluster.Segment, a, b string) (hbone int) {
