@@ -1,10 +1,13 @@
 package e2e
 
 import (
+	"bufio"
+	"fmt"
 	"io"
-	"net/http"
 	"strings"
 	"testing"
+
+	"github.com/ztun/ztun/deploy/e2e/cluster"
 )
 
 func TestPlainPods(t *testing.T) {
@@ -28,28 +31,51 @@ func TestPlainPods(t *testing.T) {
 }
 
 func TestKubectl(t *testing.T) {
-	ctx := claim(t, "exec, logs and port-forward reach a pod of the mesh")
+	ctx := claim(t, "kubectl exec, logs and port-forward reach a pod of the mesh")
 	mesh(t)
 	p := newPlace(ctx, t, ambient)
-	p.run(pod{name: "server", node: "node2", container: `stdin: false`})
+	p.apply(peerAuthentication, p.name, "STRICT")
+	p.run(pod{name: "server", node: "node2", spec: fmt.Sprintf(
+		`initContainers: [{name: first, image: %q, imagePullPolicy: Never, args: [get, "http://127.0.0.1:1/"]}]`, cluster.AppImage)})
 	p.enrolled("server")
-	if out, err := world.Exec(ctx, p.name, "server", "/app", "get", "http://127.0.0.1:8080/"); err != nil || !strings.Contains(out, `"host":"server"`) {
-		t.Errorf("exec: %v: %s", err, out)
+	for _, c := range []struct {
+		args []string
+		want string
+	}{
+		{[]string{"exec", "server", "--", "/app", "get", "http://127.0.0.1:8080/"}, `"host":"server"`},
+		{[]string{"logs", "server", "-c", "first"}, "connection refused"},
+	} {
+		out, err := world.RunKubectl(ctx, "", append([]string{"-n", p.name}, c.args...)...)
+		if err != nil || !strings.Contains(out, c.want) {
+			t.Errorf("kubectl %v: %v: %s", c.args, err, out)
+		}
 	}
-	if _, err := world.Logs(ctx, p.name, "server", "app"); err != nil {
-		t.Error(err)
+	body, err := cluster.Fetch(ctx, "http://"+p.forward("server", "8080")+"/")
+	if err != nil || !strings.Contains(body, `"host":"server"`) {
+		t.Errorf("kubectl port-forward: %v: %s", err, body)
 	}
-	address, err := world.Forward(ctx, p.name, "server", 8080)
+}
+
+// forward runs kubectl port-forward for the rest of the case, and returns the address to reach the pod's port at.
+func (p *place) forward(name, port string) string {
+	p.t.Helper()
+	cmd := world.Kubectl(p.ctx, "-n", p.name, "port-forward", "pod/"+name, ":"+port)
+	out, err := cmd.StdoutPipe()
 	if err != nil {
-		t.Fatal(err)
+		p.t.Fatal(err)
 	}
-	resp, err := http.Get("http://" + address + "/")
-	if err != nil {
-		t.Fatal(err)
+	if err := cmd.Start(); err != nil {
+		p.t.Fatal(err)
 	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil || !strings.Contains(string(body), `"host":"server"`) {
-		t.Errorf("port-forward: %v: %s", err, body)
+	p.t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	lines := bufio.NewScanner(out)
+	for lines.Scan() {
+		// Forwarding from 127.0.0.1:40123 -> 8080
+		if fields := strings.Fields(lines.Text()); len(fields) == 5 && fields[0] == "Forwarding" {
+			go func() { _, _ = io.Copy(io.Discard, out) }()
+			return fields[2]
+		}
 	}
+	p.t.Fatalf("kubectl port-forward ended: %v", lines.Err())
+	return ""
 }

@@ -85,15 +85,16 @@ func (p *place) answeredAs(client, address string, answers int) {
 	})
 }
 
-// remove deletes a pod and waits until it is gone, its address too.
+// remove deletes a pod and waits until it is gone, its address too; another may have its name by then.
 func (p *place) remove(name string) {
 	p.t.Helper()
+	uid := p.get(name).UID
 	if err := world.CoreV1().Pods(p.name).Delete(p.ctx, name, metav1.DeleteOptions{}); err != nil {
 		p.t.Fatal(err)
 	}
 	p.wait(name+" to be gone", func() error {
-		_, err := world.CoreV1().Pods(p.name).Get(p.ctx, name, metav1.GetOptions{})
-		if apierrors.IsNotFound(err) {
+		o, err := world.CoreV1().Pods(p.name).Get(p.ctx, name, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) || err == nil && o.UID != uid {
 			return nil
 		}
 		return errors.Join(errors.New("still there"), err)

@@ -49,7 +49,7 @@ const servicesYAML = `{apiVersion: v1, kind: Service, metadata: {name: headless,
 `
 
 func TestWorkloads(t *testing.T) {
-	ctx := claim(t, "init containers have the mesh, a Job ends, a StatefulSet's pods have their names")
+	ctx := claim(t, "an init container is in the mesh, a Job ends and is let go, a StatefulSet's pods have their names, also when they come again")
 	mesh(t)
 	p := newPlace(ctx, t, ambient)
 	p.run(pod{name: "server", node: "node2"})
@@ -70,6 +70,12 @@ func TestWorkloads(t *testing.T) {
 	if a.Seen.Host != "set-1" {
 		t.Errorf("set-1.set is %s", a.Seen.Host)
 	}
+	p.remove("set-1")
+	if err := world.Ready(ctx, p.name, "set-1"); err != nil {
+		t.Fatal(err)
+	}
+	p.enrolled("set-1")
+	p.until("set-1 by its name again", works, "set-0", "get", "-timeout=2s", "http://set-1.set:8080/")
 	pods, err := world.CoreV1().Pods(p.name).List(ctx, metav1.ListOptions{LabelSelector: "job-name=once"})
 	if err != nil || len(pods.Items) != 1 {
 		t.Fatalf("pods of the Job: %v, %v", pods, err)
@@ -78,6 +84,7 @@ func TestWorkloads(t *testing.T) {
 	if err != nil || !strings.Contains(first, `"host":"server"`) {
 		t.Errorf("the init container got %q, %v", first, err)
 	}
+	p.logged(`direction="inbound"`, fmt.Sprintf("src.workload=%q", pods.Items[0].Name), "/sa/default", p.identity("server"))
 	p.wait("the finished pod to be let go", func() error {
 		o, err := world.CoreV1().Pods(p.name).Get(ctx, pods.Items[0].Name, metav1.GetOptions{})
 		if err == nil && o.Status.Phase == corev1.PodSucceeded && o.Annotations[redirection] != "" {
