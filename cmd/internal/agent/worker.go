@@ -380,11 +380,11 @@ func (w *worker) tellNode(p Pod) error {
 	if slices.Equal(w.node, node) {
 		return nil
 	}
-	if _, err := w.update(w.attached, p); err != nil {
-		return err
+	updated, err := w.update(w.attached, p)
+	if updated { // Else once the proxy that has the device has lent it.
+		w.node = node
 	}
-	w.node = node
-	return nil
+	return err
 }
 
 // free reports whether a device that an earlier agent gave away can be had

@@ -232,9 +232,13 @@ func (c *serverConn) lentLocked(j job, a answer) {
 		d := *p.workload.Device
 		d.ID, d.Offload = h.deviceID, h.offload
 		p.workload.Device, p.files = &d, files
-		p.reader, p.acked, p.stale = c.proc, p.serial, false
+		// It was described to the proxy by an earlier agent: that is done again.
+		p.reader, p.acked, p.stale = c.proc, 0, false
 		p.older = slices.DeleteFunc(p.older, func(o *process) bool { return o == c.proc })
-		c.told[uid] = p.serial
+		c.told[uid] = 0
+		if c.proc.hello.leaving { // Then it takes nothing new.
+			p.acked, c.told[uid] = p.serial, p.serial
+		}
 		s.markLocked(uid)
 		return
 	}
