@@ -12,11 +12,11 @@
 //  4. once the control plane has told the whole mesh: the agent's socket; each
 //     pod it names becomes a stack and a tunnel.Pod (pods.go)
 //
-// and of a stop: no new pods, no answer to a SYN, which waits for the next proxy,
-// old connections until the deadline, then everything in the reverse order
-// (stop.go). A later proxy may have taken the pods over before: this one serves
-// its old connections on, and what it would read of them comes from that one
-// (netstack/handover.go).
+// and of a stop: no new pods, connections until the deadline, then everything in
+// the reverse order (stop.go). A later proxy takes the pods over, or has before:
+// this one serves its old connections on, and what it would read of them comes
+// from that one (netstack/handover.go). While there is none, this one takes new
+// connections as well.
 package main
 
 import (

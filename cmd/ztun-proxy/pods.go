@@ -34,7 +34,6 @@ type pods struct {
 
 	// mu guards the fields below.
 	mu      sync.Mutex
-	leaving bool // The process is about to end.
 	running map[*pod]struct{}
 	ended   map[string]uint64 // What the pods that stopped have counted.
 }
@@ -199,16 +198,11 @@ func (s *pod) Yield(packets *os.File) error {
 	return err
 }
 
-// resume runs on the loop when the device is read again that was yielded.
+// resume runs on the loop when the device is read again that was yielded. New
+// connections are taken also by a process that is about to end: nobody else does.
 func (s *pod) resume() {
-	p := s.owner
-	p.mu.Lock()
-	leaving := p.leaving
-	p.mu.Unlock()
-	if !leaving {
-		s.tunnel.Resume()
-		s.stack.Loop().Post(s.stack.Accept) // After that.
-	}
+	s.tunnel.Resume()
+	s.stack.Loop().Post(s.stack.Accept) // After that.
 }
 
 // Predecessor implements zds.Yielder.
@@ -243,44 +237,6 @@ func (h handler) HandleTunnel(end splice.End, remote, local netip.AddrPort) {
 }
 
 func (h handler) HandleUDP(d *netstack.Datagram) { d.Forward() }
-
-// drainAll lets the connections of all pods end by themselves until ctx ends,
-// then cuts them. No SYN is answered from the start: the next proxy answers. A
-// predecessor's packets come through here, so that it has to end first.
-func (p *pods) drainAll(ctx context.Context, list []zds.PodStatus, log *slog.Logger) {
-	p.mu.Lock()
-	p.leaving = true
-	p.mu.Unlock()
-	var served []*pod
-	var live int64
-	for _, st := range list {
-		if s, ok := st.Proxy.(*pod); ok {
-			s.stack.StopAccepting()
-			stats, _, _ := s.tunnel.Stats()
-			live += stats.Live.Load()
-			served = append(served, s)
-		}
-	}
-	log.Info("new connections wait for the next proxy", "pods", len(served), "connections", live)
-	var wg sync.WaitGroup
-	for _, s := range served {
-		wg.Go(func() {
-			err := s.tunnel.Drain(ctx)
-			if err == nil {
-				select {
-				case <-s.stack.Alone():
-				case <-ctx.Done():
-					err = ctx.Err()
-				}
-			}
-			if err != nil {
-				log.Info("connections are cut: the deadline has passed", "wl", s.name)
-			}
-			s.Stop()
-		})
-	}
-	wg.Wait()
-}
 
 // dumpTimeout bounds how long the loops may take to list connections.
 const dumpTimeout = 5 * time.Second

@@ -249,11 +249,19 @@ func TestSuccessorThatDies(t *testing.T) {
 		t.Error("a connection survived its proxy")
 	}
 
+	// Told to end it takes new connections too while nobody else is there.
 	n.next(env...)
 	n.wantTaken()
 	if err := g1.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
+	eventually(t, "the first proxy drains", func() bool { return strings.Contains(n.log.String(), "the next proxy takes over") })
+	n.kill()
+	n.wantEcho("of the first proxy, which is about to end and reads again", first)
+	n.wantNewConnection("of the first proxy, which is about to end and reads again")
+
+	n.next(env...)
+	n.wantTaken()
 	n.wantEcho("of the first proxy, through the third", first)
 	n.wantNewConnection("of the third proxy")
 	_ = first.Close()

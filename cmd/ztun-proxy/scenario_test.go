@@ -389,15 +389,20 @@ func TestProxyLife(t *testing.T) {
 	})
 }
 
-// TestConnectDuringDrainIsServedByTheNextProxy: from a pod to a pod, and from
-// outside of the mesh.
-func TestConnectDuringDrainIsServedByTheNextProxy(t *testing.T) {
+// TestProxyThatEndsAlone takes new connections until another one does: from a pod
+// to a pod, and from outside of the mesh. Those that come when it has ended are the
+// next one's.
+func TestProxyThatEndsAlone(t *testing.T) {
 	bothPaths(t, func(t *testing.T, n *node) {
 		n.startProxy("CONNECTION_TERMINATION_DEADLINE=60s")
 		live := n.connect()
 		n.wantEcho("a connection", live)
 		n.signal(syscall.SIGTERM)
-		eventually(t, "no SYN is answered", func() bool { return strings.Contains(n.log.String(), "wait for the next proxy") })
+		eventually(t, "it drains", func() bool { return strings.Contains(n.log.String(), "the next proxy takes over") })
+		n.wantNewConnection("of a proxy that drains alone")
+		n.wantEcho("while it drains", live)
+		_ = live.Close()
+		n.wantExit("its last connection has ended")
 		var late []chan error
 		for _, from := range []*netnstest.NS{n.pa, n.fabric} {
 			done := make(chan error, 1)
@@ -413,20 +418,17 @@ func TestConnectDuringDrainIsServedByTheNextProxy(t *testing.T) {
 		}
 		wire := n.fabric.Capture("br0") // Sees what the second one sends.
 		eventually(t, "a SYN was repeated", func() bool { return len(wire.Packets(isSYN)) > 0 })
-		n.wantEcho("while it drains", live)
 		for _, done := range late {
 			select {
 			case err := <-done:
-				t.Errorf("answered by a proxy that drains: %v", err)
+				t.Errorf("answered without a proxy: %v", err)
 			default:
 			}
 		}
-		_ = live.Close()
-		n.wantExit("its last connection has ended")
 		n.startProxy()
 		for _, done := range late {
 			if err := <-done; err != nil {
-				t.Errorf("a connect during the drain: %v", err)
+				t.Errorf("a connect without a proxy: %v", err)
 			}
 		}
 	})
