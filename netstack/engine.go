@@ -77,6 +77,10 @@ type Config struct {
 	Keepalive Keepalive
 	// TCP is how losses are found and answered.
 	TCP TCP
+	// Failed is told, from a goroutine of its own, that a reader cannot wait for its
+	// devices any more and has closed its stacks. The process should end: the pods'
+	// devices are read by nobody. May be nil.
+	Failed func(error)
 	// Log takes what a human needs to know. Default: nothing.
 	Log *slog.Logger
 }

@@ -59,7 +59,12 @@ func (r *rawRig) read() ([]byte, tun.Header) {
 func (r *rawRig) tryRead(wait time.Duration) ([]byte, tun.Header, bool) {
 	r.t.Helper()
 	pfd := []unix.PollFd{{Fd: int32(r.dev.FD()), Events: unix.POLLIN}}
-	unix.Poll(pfd, int(wait.Milliseconds()))
+	// A signal of Go's own ends a poll early, often on a machine that is busy.
+	for end := time.Now().Add(wait); ; {
+		if _, err := unix.Poll(pfd, max(0, int(time.Until(end).Milliseconds()))); !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
 	n, h, err := r.dev.Read(&r.vector)
 	if errors.Is(err, tun.ErrEmpty) {
 		return nil, h, false

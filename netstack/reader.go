@@ -116,7 +116,11 @@ func (r *reader) run() {
 	defer r.turns.Unlock()
 	defer r.end()
 	for {
-		n := r.wait()
+		n, err := r.wait()
+		if err != nil && !r.isClosed() {
+			r.fail(err)
+			return
+		}
 		r.now = time.Now()
 		r.acks.sendDue(r.now)
 		if r.isClosed() {
@@ -184,6 +188,17 @@ func (r *reader) isClosed() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.closed
+}
+
+// fail tells that the thread ends: nothing would wake it any more, or nothing else.
+func (r *reader) fail(err error) {
+	r.mu.Lock()
+	r.closed = true
+	r.mu.Unlock()
+	r.engine.log.Error("a reader ends, and its pods' connections", "pods", len(r.stacks), "error", err)
+	if f := r.engine.cfg.Failed; f != nil {
+		go f(err)
+	}
 }
 
 // close makes run return.

@@ -2,6 +2,8 @@ package netstack
 
 import (
 	"encoding/binary"
+	"errors"
+	"fmt"
 	"runtime"
 	"time"
 	"unsafe"
@@ -22,8 +24,9 @@ const (
 )
 
 // wait returns the number of r.events that are ready. It does not wait while
-// work is queued. Others may run the loop while it waits.
-func (r *reader) wait() int {
+// work is queued. Others may run the loop while it waits. After an error the
+// reader cannot go on.
+func (r *reader) wait() (int, error) {
 	r.sleeping.Store(true)
 	defer r.sleeping.Store(false)
 	if !r.idle() {
@@ -35,8 +38,8 @@ func (r *reader) wait() int {
 		runtime.Gosched()
 	}
 	if len(r.acks.soon) > 0 {
-		if n := r.rawPoll(0); n > 0 {
-			return n
+		if n, err := r.rawPoll(0); n > 0 || err != nil {
+			return n, err
 		}
 		r.acks.sendSoon()
 	}
@@ -65,33 +68,41 @@ func (r *reader) next(now time.Time) (d time.Duration, ok bool) {
 }
 
 // poll waits for up to limit milliseconds; without end if that is negative.
-func (r *reader) poll(limit int, wasBusy bool) int {
+func (r *reader) poll(limit int, wasBusy bool) (int, error) {
 	if wasBusy {
 		ms := rawWait
 		if limit >= 0 {
 			ms = min(ms, limit)
 		}
-		if n := r.rawPoll(ms); n > 0 || ms == limit {
-			return n
+		if n, err := r.rawPoll(ms); n > 0 || ms == limit || err != nil {
+			return n, err
 		}
 	}
 	n, err := unix.EpollWait(r.epfd, r.events[:], limit)
-	if err != nil { // EINTR
-		return 0
+	return polled(n, err)
+}
+
+// polled is what a wait came to. A signal is no error.
+func polled(n int, err error) (int, error) {
+	if errors.Is(err, unix.EINTR) {
+		return 0, nil
 	}
-	return n
+	if err != nil {
+		return 0, fmt.Errorf("netstack: epoll wait: %w", err)
+	}
+	return n, nil
 }
 
 // rawPoll waits for up to ms milliseconds without telling the scheduler, which
 // sees a request to stop only at the next function call with a stack check. A
 // loop of nothing but raw waits held up collections for 4-60 s; here one that
 // finds nothing is followed by an ordinary wait, any other by the work it found.
-func (r *reader) rawPoll(ms int) int {
+func (r *reader) rawPoll(ms int) (int, error) {
 	n, _, errno := unix.RawSyscall6(unix.SYS_EPOLL_PWAIT, uintptr(r.epfd), uintptr(unsafe.Pointer(&r.events)), uintptr(len(r.events)), uintptr(ms), 0, 0)
 	if errno != 0 {
-		return 0
+		return polled(0, errno)
 	}
-	return int(n)
+	return int(n), nil
 }
 
 // wake gets the reader out of its wait, if it is in one.

@@ -53,6 +53,7 @@ type proxy struct {
 	agent       *zds.Client
 
 	quit     chan struct{} // Closed by the admin server.
+	failed   chan error    // A part that nothing works without has ended.
 	quitOnce sync.Once
 	services sync.WaitGroup // Control plane, certificates and what follows the mesh.
 }
@@ -65,7 +66,7 @@ func run(cfg *config.Config) error {
 	if err != nil {
 		return fmt.Errorf("config: RUST_LOG: %w", err)
 	}
-	p := &proxy{cfg: cfg, logs: logs, log: logs.Logger("app"), quit: make(chan struct{})}
+	p := &proxy{cfg: cfg, logs: logs, log: logs.Logger("app"), quit: make(chan struct{}), failed: make(chan error, cfg.Readers)}
 	p.log.Info("version: " + version())
 	for _, n := range cfg.Notes {
 		p.log.Warn(n)
@@ -115,7 +116,10 @@ func (p *proxy) build() (err error) {
 		Log: p.logs.Logger("identity"),
 	})
 	p.handshakes = hbone.NewHandshakes(hbone.HandshakesConfig{})
-	p.engine, err = netstack.New(netstack.Config{Readers: cfg.Readers, Keepalive: keepalive(cfg.Keepalive), Log: p.logs.Logger("netstack")})
+	p.engine, err = netstack.New(netstack.Config{
+		Readers: cfg.Readers, Keepalive: keepalive(cfg.Keepalive), Log: p.logs.Logger("netstack"),
+		Failed: func(err error) { p.failed <- err },
+	})
 	if err != nil {
 		return err
 	}

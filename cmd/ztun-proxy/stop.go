@@ -44,7 +44,9 @@ func (p *proxy) serve(out *telemetry.Writer) error {
 	agentDone := make(chan struct{})
 	go p.talkToAgent(agent, agentDone)
 
-	p.waitForStop(signals)
+	if err := p.waitForStop(signals); err != nil {
+		return err // At once: the next proxy serves all pods.
+	}
 	go exitAtSecond(signals)
 	hung := time.AfterFunc(p.cfg.DrainDeadline+stopGrace, p.exitHung)
 	defer hung.Stop()
@@ -151,13 +153,18 @@ func (p *proxy) end(what string, err error) {
 	}
 }
 
-func (p *proxy) waitForStop(signals <-chan os.Signal) {
+// waitForStop returns when the proxy is told to stop, or with the reason why it
+// cannot go on.
+func (p *proxy) waitForStop(signals <-chan os.Signal) error {
 	select {
 	case s := <-signals:
 		p.log.Info("received signal", "signal", s.String())
 	case <-p.quit:
 		p.log.Info("told to stop by the admin server")
+	case err := <-p.failed:
+		return err
 	}
+	return nil
 }
 
 // stopGrace is what the end may take beyond the deadline; a pod's grace period
