@@ -3,7 +3,6 @@ package e2e
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -154,16 +153,7 @@ func TestAgentMissing(t *testing.T) {
 	back := banish(ctx, t, agents, "node1")
 	t.Cleanup(back)
 	p.start(pod{name: "new", node: "node1"})
-	p.wait("the kubelet to be refused", func() error {
-		events, err := world.CoreV1().Events(p.name).List(ctx, metav1.ListOptions{FieldSelector: "involvedObject.name=new,reason=FailedCreatePodSandBox"})
-		if err == nil && len(events.Items) == 0 {
-			err = errors.New("no event FailedCreatePodSandBox")
-		}
-		return err
-	})
-	if ip := p.get("new").Status.PodIP; ip != "" {
-		t.Errorf("the pod has address %s without an agent", ip)
-	}
+	p.refused("new", "ztun-cni")
 	back()
 	if err := world.Ready(ctx, p.name, "new"); err != nil {
 		t.Fatal(err)
