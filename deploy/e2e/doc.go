@@ -16,8 +16,8 @@
 //
 // The first run builds etcd, Kubernetes and istiod from the modules that tools
 // requires, and unpacks Debian's packages of containerd, runc and the CNI
-// plugins, into $ZTUN_E2E_CACHE or ztun/e2e in the user's cache directory: ten
-// minutes or so of two CPUs. Killed meanwhile, the next one goes on from there.
+// plugins, into $ZTUN_E2E_CACHE or ztun/e2e in the user's cache directory: 20
+// minutes of CPU, ten of two. Killed meanwhile, the next one goes on from there.
 //
 // Nothing of this module is in the product's go.mod.
 package e2e

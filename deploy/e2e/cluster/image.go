@@ -34,14 +34,15 @@ func images(ctx context.Context, cache, module string) ([]string, error) {
 		return nil, fmt.Errorf("e2e: images: %w", err)
 	}
 	program, app := filepath.Join(dir, "app"), filepath.Join(dir, "app.tar")
-	if err := goCommand(ctx, module, "build", "-trimpath", "-ldflags=-s -w", "-o", program, "./app"); err != nil {
+	err := goIn{cache, module}.run(ctx, "build", "-trimpath", "-ldflags=-s -w", "-o", program, "./app")
+	if err != nil {
 		return nil, err
 	}
 	if err := writeImage(app, AppImage, program); err != nil {
 		return nil, err
 	}
 	root := filepath.Join(module, "../..")
-	err := goCommand(ctx, filepath.Join(root, "deploy/image"), "run", ".", "-source", root, "-out", dir,
+	err = goIn{cache, filepath.Join(root, "deploy/image")}.run(ctx, "run", ".", "-source", root, "-out", dir,
 		"-name", ztunName, "-version", ztunTag, "-arch", runtime.GOARCH)
 	return []string{app, filepath.Join(dir, "ztun-"+ztunTag+"-"+runtime.GOARCH+".docker.tar")}, err
 }

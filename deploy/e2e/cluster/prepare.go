@@ -57,6 +57,10 @@ func Prepare(ctx context.Context, module, logs string, modes [2]string) (p Prepa
 		return p, err
 	}
 	defer unlock()
+	// Of a run that was killed.
+	if err := os.RemoveAll(goTemp(cache)); err != nil {
+		return p, fmt.Errorf("e2e: cache: %w", err)
+	}
 	p.Modes, p.LogDir = modes, logs
 	if p.Debian, err = Debian(ctx, cache); err != nil {
 		return p, err

@@ -89,7 +89,7 @@ func (t toolSet) in(ctx context.Context, cache, module string) (string, error) {
 		return "", fmt.Errorf("e2e: tools: %w", err)
 	}
 	if missing := absent(dir, t.programs); len(missing) > 0 {
-		if err := t.build(ctx, module, dir, missing); err != nil {
+		if err := t.build(ctx, goIn{cache, module}, dir, missing); err != nil {
 			return "", err
 		}
 	}
@@ -114,7 +114,7 @@ func absent(dir string, all map[string]string) (names []string) {
 
 // build builds programs all at once: they share most packages, and one is
 // linked while another's are compiled.
-func (t toolSet) build(ctx context.Context, module, dir string, names []string) error {
+func (t toolSet) build(ctx context.Context, g goIn, dir string, names []string) error {
 	begin := time.Now()
 	var packages []string
 	for _, name := range names {
@@ -123,7 +123,7 @@ func (t toolSet) build(ctx context.Context, module, dir string, names []string) 
 	progress("downloading and building %s (once; about ten minutes of two CPUs)", strings.Join(names, ", "))
 	// Listing needs every module that building does: what it downloads is not asked for again.
 	list := slices.Concat([]string{"list", "-deps", "-f", "{{if 0}}{{end}}"}, t.flags, packages)
-	if err := thrice(ctx, "download the modules", func() error { return goCommand(ctx, module, list...) }); err != nil {
+	if err := thrice(ctx, "download the modules", func() error { return g.run(ctx, list...) }); err != nil {
 		return err
 	}
 	progress("modules are there after %.0f s", time.Since(begin).Seconds())
@@ -131,7 +131,7 @@ func (t toolSet) build(ctx context.Context, module, dir string, names []string) 
 	if err := os.RemoveAll(tmp); err != nil {
 		return fmt.Errorf("e2e: tools: %w", err)
 	}
-	if err := goCommand(ctx, module, slices.Concat([]string{"build", "-o", tmp + "/"}, t.flags, packages)...); err != nil {
+	if err := g.run(ctx, slices.Concat([]string{"build", "-o", tmp + "/"}, t.flags, packages)...); err != nil {
 		return err
 	}
 	for _, name := range names {
@@ -171,14 +171,22 @@ func (t toolSet) copyFiles(ctx context.Context, module, dir string, names []stri
 	return nil
 }
 
-// goCommand runs Go in a module, out of the way of whatever else the machine does. Programs are static.
-func goCommand(ctx context.Context, module string, args ...string) error {
+// goIn runs Go in a module. What it keeps while it works is in the cache.
+type goIn struct{ cache, module string }
+
+func goTemp(cache string) string { return filepath.Join(cache, "tmp") }
+
+// run runs a command, out of the way of whatever else the machine does. Programs are static.
+func (g goIn) run(ctx context.Context, args ...string) error {
+	if err := os.MkdirAll(goTemp(g.cache), 0o755); err != nil {
+		return fmt.Errorf("e2e: %w", err)
+	}
 	cmd := exec.CommandContext(ctx, "nice", append([]string{"-n", "15", "go"}, args...)...)
-	cmd.Dir, cmd.Stdout, cmd.Stderr = module, os.Stderr, os.Stderr
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGINT} // Go removes its temporary files then
+	cmd.Dir, cmd.Stdout, cmd.Stderr = g.module, os.Stderr, os.Stderr
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOTMPDIR="+goTemp(g.cache))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("e2e: go %s in %s: %w", strings.Join(args, " "), module, err)
+		return fmt.Errorf("e2e: go %s in %s: %w", strings.Join(args, " "), g.module, err)
 	}
 	return nil
 }
