@@ -85,7 +85,6 @@ func (k *kernel) families() []uint8 {
 
 // netnsCookie is unique among the namespaces since boot; 0 on kernels before 5.14.
 func netnsCookie() uint64 {
-	const soNetnsCookie = 71
 	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return 0

@@ -181,10 +181,10 @@ func New(cfg Config) (*Agent, error) {
 	}
 	a := &Agent{
 		cfg: cfg, log: cfg.Log, store: st, listener: l,
-		server:    zds.NewServer(zds.ServerConfig{Log: cfg.Log, Standin: cfg.Standin}),
 		attaching: make(chan struct{}, 4), detaching: make(chan struct{}, 4),
 		workers: map[string]*worker{},
 	}
+	a.server = zds.NewServer(zds.ServerConfig{Log: cfg.Log, Standin: cfg.Standin, Check: a.checkLent})
 	a.nodeAddrs.Store(&cfg.NodeAddresses)
 	for _, s := range saved {
 		w := newWorker(a, s.Pod, s.State)
@@ -434,6 +434,21 @@ func (a *Agent) Status() []Status {
 	}
 	slices.SortFunc(out, func(x, y Status) int { return strings.Compare(x.Pod.UID, y.Pod.UID) })
 	return out
+}
+
+// checkLent says what is wrong with what a proxy lends.
+func (a *Agent) checkLent(uid string, files zds.Files) error {
+	w := a.worker(uid)
+	if w == nil {
+		return fmt.Errorf("agent: no pod %s", uid)
+	}
+	w.mu.Lock()
+	st := w.state
+	w.mu.Unlock()
+	if st == nil {
+		return fmt.Errorf("agent: pod %s is not attached", uid)
+	}
+	return st.CheckFiles(files.Device, files.ICMP)
 }
 
 // SetNodeAddresses says which addresses are the node's own now.

@@ -106,6 +106,7 @@ type proxyPods struct {
 	mu      sync.Mutex
 	running map[string]*proxyPod
 	starts  []zds.Workload
+	lie     *os.File // Lent as the device of every pod. Nil: none is.
 }
 
 type proxyPod struct {

@@ -45,10 +45,33 @@ func (p lender) Lend() (f zds.Files, yielded bool, err error) {
 		return os.NewFile(uintptr(fd), file.Name())
 	}
 	f.Device = again(p.files.Device)
+	if p.owner.lie != nil {
+		f.Device = again(p.owner.lie)
+	}
 	for _, file := range p.files.ICMP {
 		f.ICMP = append(f.ICMP, again(file))
 	}
 	return f, false, nil
+}
+
+// TestLentDeviceOfAnotherPod: a proxy that lends one pod's device as another's is
+// not believed.
+func TestLentDeviceOfAnotherPod(t *testing.T) {
+	n, one, two := newNode(t), podNS(t), podNS(t)
+	n.set(podIn(one, "u"))
+	n.set(podIn(two, "v"))
+	proxy := n.startLenders()
+	n.wait("u")
+	n.wait("v")
+	n.stop()
+	proxy.mu.Lock()
+	proxy.lie = proxy.running["v"].files.Device
+	proxy.mu.Unlock()
+	n.startAgent()
+	eventually(t, "the pod whose device is lent truly is held", func() bool { return n.status("v").Held })
+	if !n.agent.server.State("u").Set || n.status("u").Held {
+		t.Errorf("the agent took another pod's device: %+v", n.status("u"))
+	}
 }
 
 // startLenders is a proxy of ztun's.

@@ -31,6 +31,9 @@ var ErrNoProxy = errors.New("zds: no proxy connection")
 type ServerConfig struct {
 	// Standin reads the devices that no proxy reads. Nil: nobody does.
 	Standin Standin
+	// Check says what is wrong with files that a proxy lends as those of a pod: it
+	// is nobody to be believed. Nil: nothing is.
+	Check func(uid string, files Files) error
 	// Log. Nil: nothing is logged.
 	Log *slog.Logger
 }

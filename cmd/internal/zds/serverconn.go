@@ -294,8 +294,22 @@ func (c *serverConn) do(j job, answers <-chan answer) error {
 		c.unanswered(j)
 		return fmt.Errorf("zds: answer to %v: %w", j.req.kind, a.err)
 	}
+	c.checkLent(j, &a)
 	c.answered(j, a)
 	return nil
+}
+
+// checkLent makes an answer with files that are not the pod's one without any.
+func (c *serverConn) checkLent(j job, a *answer) {
+	check := c.server.cfg.Check
+	if check == nil || len(a.files) == 0 {
+		return
+	}
+	if err := check(j.req.workload.UID, filesOf(a.files, false)); err != nil {
+		c.log.Error("proxy lends what is not the pod's; nobody reads its device until this proxy ends", "uid", j.req.workload.UID, "error", err)
+		closeAll(a.files)
+		a.files, a.holding = nil, holding{}
+	}
 }
 
 func (c *serverConn) answered(j job, a answer) {
