@@ -34,6 +34,9 @@ func Needs() error {
 	if _, err := os.Stat("/dev/net/tun"); err != nil {
 		errs = append(errs, fmt.Errorf("the kernel's TUN driver: %w", err))
 	}
+	if _, err := os.Stat("/proc/sys/net/ipv6"); err != nil {
+		errs = append(errs, fmt.Errorf("IPv6 in the kernel: %w", err))
+	}
 	systems, err := os.ReadFile("/proc/filesystems")
 	if err != nil {
 		errs = append(errs, err)
