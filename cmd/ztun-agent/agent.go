@@ -124,7 +124,7 @@ func (n *node) build() (err error) {
 	n.enrol, err = enrol.New(enrol.Config{
 		Client: n.client, Agent: n.agent, Finder: &procs.Finder{Proc: cfg.Host.Path("/proc"), Host: n.host},
 		NodeName: cfg.NodeName, SystemNamespace: cfg.SystemNamespace, Selectors: selectors, ExcludeNamespaces: cfg.ExcludeNamespaces,
-		DNSCapture: cfg.DNSCapture, HostRoot: cfg.Host.Root(), NetnsDir: cfg.Host.Path("/var/run/netns"), Log: n.log,
+		DNSCapture: cfg.DNSCapture, HostRoot: cfg.Host.Root(), NetnsDir: cfg.Host.Path("/var/run/netns"), HostNetnsDir: cfg.Host.NetnsDir, Log: n.log,
 	})
 	if err != nil {
 		return err

@@ -67,6 +67,9 @@ type Host struct {
 	// Netns is the host's network namespace. ZTUN_HOST_NETNS, for nodes whose
 	// first process is in another. That of process 1
 	Netns string
+	// NetnsDir is the host's directory of network namespaces, which is mounted at
+	// /var/run/netns below Dir. ZTUN_HOST_NETNS_DIR. /var/run/netns
+	NetnsDir string
 }
 
 // Root is what is put before a path of the host's: "" on the host itself.
@@ -85,13 +88,14 @@ func LoadAgent(src Source) (*Agent, error) {
 		}
 	}
 	a := &Agent{
-		PodNamespace: "istio-system", SystemNamespace: "istio-system", Host: Host{Dir: "/host"},
+		PodNamespace: "istio-system", SystemNamespace: "istio-system", Host: Host{Dir: "/host", NetnsDir: "/var/run/netns"},
 		RunDir: "/var/run/istio-cni", StateDir: "/var/run/ztun", Socket: DefaultAgentSocket,
 		HealthPort: 8000, MonitoringPort: 15014,
 	}
 	l.agent(a)
 	a.Host.Netns = a.Host.Path("/proc/1/ns/net")
 	set(l, "ZTUN_HOST_NETNS", &a.Host.Netns, parseString)
+	set(l, "ZTUN_HOST_NETNS_DIR", &a.Host.NetnsDir, parseString)
 	l.agentInstall(&a.Install, a.Host)
 	l.agentUnused()
 	a.Notes = l.cfg.Notes
@@ -201,7 +205,7 @@ func (a *Agent) validate() error {
 	}
 	for _, p := range []struct{ name, path string }{
 		{"CNI_AGENT_RUN_DIR", a.RunDir}, {"ZTUN_STATE_DIR", a.StateDir}, {"ZTUNNEL_UDS_ADDRESS", a.Socket}, {"ZTUN_HOST_DIR", a.Host.Dir},
-		{"ZTUN_HOST_NETNS", a.Host.Netns},
+		{"ZTUN_HOST_NETNS", a.Host.Netns}, {"ZTUN_HOST_NETNS_DIR", a.Host.NetnsDir},
 		{"MOUNTED_CNI_NET_DIR", a.Install.NetDir}, {"ZTUN_CNI_BIN_DIR", a.Install.BinDir}, {"ZTUN_CNI_BINARY", a.Install.Binary},
 	} {
 		if !filepath.IsAbs(p.path) {

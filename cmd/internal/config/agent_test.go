@@ -22,7 +22,7 @@ func TestAgentDefaults(t *testing.T) {
 	want := &Agent{
 		NodeName: "na", PodNamespace: "istio-system", SystemNamespace: "istio-system", DNSCapture: true,
 		Install: Install{Binary: filepath.Join(filepath.Dir(self), "ztun-cni"), BinDir: "/host/opt/cni/bin", NetDir: "/host/etc/cni/net.d", OwnedName: "02-ztun-cni.conflist"},
-		Host:    Host{Dir: "/host", Netns: "/host/proc/1/ns/net"},
+		Host:    Host{Dir: "/host", Netns: "/host/proc/1/ns/net", NetnsDir: "/var/run/netns"},
 		RunDir:  "/var/run/istio-cni", StateDir: "/var/run/ztun", Socket: "/var/run/ztunnel/ztunnel.sock",
 		HealthPort: 8000, MonitoringPort: 15014, LogLevel: slog.LevelInfo,
 	}
@@ -44,7 +44,7 @@ func TestAgentSettings(t *testing.T) {
 		"AMBIENT_DISABLE_SAFE_UPGRADE=true", "ZTUN_CNI_BINARY=/p", "ZTUN_CNI_BIN_DIR=/b", "MOUNTED_CNI_NET_DIR=/n", "CNI_CONF_NAME=10-x.conf",
 		"ISTIO_OWNED_CNI_CONFIG=true", "ISTIO_OWNED_CNI_CONFIG_FILENAME=00-a.conflist", "ISTIO_OWNED_CNI_CONF_FILENAME=01-b.conflist", "CNI_CONF_GROUP_READ=true",
 		"CNI_AGENT_RUN_DIR=/r", "ZTUN_STATE_DIR=/s", "ZTUNNEL_UDS_ADDRESS=/z", "ZTUN_PROXY_UID=1337", "ZTUN_PROXY_GID=1338",
-		"ZTUN_HEALTH_PORT=1", "MONITORING_PORT=2", "LOG_LEVEL=debug", "LOG_FORMAT=json", "ZTUN_HOST_DIR=/", "ZTUN_HOST_NETNS=/proc/self/ns/net",
+		"ZTUN_HEALTH_PORT=1", "MONITORING_PORT=2", "LOG_LEVEL=debug", "LOG_FORMAT=json", "ZTUN_HOST_DIR=/", "ZTUN_HOST_NETNS=/proc/self/ns/net", "ZTUN_HOST_NETNS_DIR=/n",
 		"CURRENT_AGENT_VERSION=1", "AMBIENT_ENABLED=true", "AMBIENT_IPV6=true", "AMBIENT_RECONCILE_POD_RULES_ON_STARTUP=true")
 	if err != nil {
 		t.Fatal(err)
@@ -53,7 +53,7 @@ func TestAgentSettings(t *testing.T) {
 		NodeName: "na", PodName: "istio-cni-node-1", PodNamespace: "mesh", SystemNamespace: "mesh-2", Kubeconfig: "/k",
 		ExcludeNamespaces: []string{"kube-system", "a"}, Selectors: "- podSelector: {}", NoSafeUpgrade: true,
 		Install: Install{Binary: "/p", BinDir: "/b", NetDir: "/n", ConfName: "10-x.conf", Owned: true, OwnedName: "00-a.conflist", GroupRead: true},
-		Host:    Host{Dir: "/", Netns: "/proc/self/ns/net"}, RunDir: "/r", StateDir: "/s", Socket: "/z", ProxyUID: 1337, ProxyGID: 1338,
+		Host:    Host{Dir: "/", Netns: "/proc/self/ns/net", NetnsDir: "/n"}, RunDir: "/r", StateDir: "/s", Socket: "/z", ProxyUID: 1337, ProxyGID: 1338,
 		HealthPort: 1, MonitoringPort: 2, LogLevel: slog.LevelDebug, LogJSON: true,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

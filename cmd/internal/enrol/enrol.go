@@ -99,6 +99,9 @@ type Config struct {
 	// mount, which stays the pod's, and not by a descriptor that a restart
 	// loses. Default: the descriptor it is.
 	NetnsDir string
+	// HostNetnsDir is the path that NetnsDir has on the host. Default
+	// /var/run/netns.
+	HostNetnsDir string
 	// PluginTimeout bounds Enrol. Default 4.5 s: the plugin gives up after 5.
 	PluginTimeout time.Duration
 	// ServedTimeout is how long a pod of the queue may take until it is marked
@@ -123,6 +126,9 @@ func (cfg *Config) complete() error {
 	}
 	if cfg.Selectors == nil {
 		cfg.Selectors = marks.DefaultSelectors()
+	}
+	if cfg.HostNetnsDir == "" {
+		cfg.HostNetnsDir = "/var/run/netns"
 	}
 	orDefault(&cfg.PluginTimeout, 4500*time.Millisecond)
 	orDefault(&cfg.ServedTimeout, 2*time.Second)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"path/filepath"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -37,7 +36,9 @@ func (c *Controller) Enrol(ctx context.Context, r cni.Request) error {
 	}
 	status := statusAddresses(pod)
 	k := known{pod: c.describe(pod, known{}), status: status}
-	k.pod.Netns = filepath.Join(c.cfg.HostRoot, r.Netns)
+	if k.pod.Netns, err = c.hostPath(r.Netns); err != nil {
+		return fmt.Errorf("enrol: pod %s: %w", name, err)
+	}
 	if addrs := requestAddresses(r); len(addrs) > 0 {
 		k.pod.Addresses = addrs
 	}

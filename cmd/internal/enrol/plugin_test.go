@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -46,7 +47,7 @@ func TestEnrolReturnsWhenServed(t *testing.T) {
 		}
 		n.wantCalls("set u")
 		n.wantMark("a", "enabled")
-		if got := n.agent.pod("u"); got.Netns != "/host/var/run/netns/cni-1" || !slices.Equal(got.Addresses, addrs("10.0.0.2", "fd00::2")) || got.ServiceAccount != "sa" {
+		if got := n.agent.pod("u"); got.Netns != filepath.Join(n.cfg.NetnsDir, "cni-1") || !slices.Equal(got.Addresses, addrs("10.0.0.2", "fd00::2")) || got.ServiceAccount != "sa" {
 			t.Errorf("the agent was told of %+v", got)
 		}
 		// The status comes, in another order, and changes nothing.
@@ -99,7 +100,7 @@ func TestEnrolFailsWithoutProxy(t *testing.T) {
 		}
 		n.wantMark("a", "enabled")
 		n.wantCalls("set u")
-		if got := n.agent.pod("u").Netns; got != "/host/var/run/netns/cni-2" {
+		if got := n.agent.pod("u").Netns; got != filepath.Join(n.cfg.NetnsDir, "cni-2") {
 			t.Errorf("namespace %s", got)
 		}
 	}, namespace("demo", ambient...), pod("a", "u"))
@@ -225,7 +226,7 @@ func TestEnrolOvertakesTheQueue(t *testing.T) {
 		if err := n.c.known.set(before, before.serial); err != errOvertaken {
 			t.Errorf("set = %v, want %v", err, errOvertaken)
 		}
-		if got := n.agent.pod("u").Netns; got != "/host/var/run/netns/cni-2" {
+		if got := n.agent.pod("u").Netns; got != filepath.Join(n.cfg.NetnsDir, "cni-2") {
 			t.Errorf("namespace %s", got)
 		}
 		n.c.known.drop("u", before.serial)

@@ -365,6 +365,9 @@ func TestPlatforms(t *testing.T) {
 		if got != want {
 			t.Errorf("%s: %+v, want %+v", name, got, want)
 		}
+		if dir := env["ZTUN_HOST_NETNS_DIR"]; dir != want.netns { // Else the runtime's paths lead nowhere.
+			t.Errorf("%s: the agent is told of %q, want %q", name, dir, want.netns)
+		}
 		openshift := name == "openshift"
 		if nad := slices.ContainsFunc(all, func(m Manifest) bool { return m.Kind == "NetworkAttachmentDefinition" }); nad != openshift {
 			t.Errorf("%s: NetworkAttachmentDefinition: %v", name, nad)
