@@ -375,14 +375,41 @@ func TestStops(t *testing.T) {
 	}
 }
 
+// meshed makes the node's pod meshed-1, one of the mesh.
+func (a *api) meshed() {
+	a.put("/api/v1/pods", &corev1.PodList{TypeMeta: metav1.TypeMeta{Kind: "PodList", APIVersion: "v1"}, ListMeta: metav1.ListMeta{ResourceVersion: "1"},
+		Items: []corev1.Pod{{ObjectMeta: metav1.ObjectMeta{Name: "meshed-1", Namespace: "demo", UID: "u-2", ResourceVersion: "1",
+			Labels: map[string]string{"istio.io/dataplane-mode": "ambient"}}, Spec: corev1.PodSpec{NodeName: "na"}}}})
+}
+
+// TestNetnsThatVanished: the pod is held, and the answer says what is not there.
+func TestNetnsThatVanished(t *testing.T) {
+	a := newAPI(t)
+	a.meshed()
+	dir := host(t)
+	if err := os.WriteFile(filepath.Join(dir, "var/run/netns/unmounted"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, dir, a)
+	p.wait("readiness", p.ready)
+	for netns, want := range map[string]string{
+		"/var/run/netns/gone":  dir + "/var/run/netns/gone",
+		"/run/netns/unmounted": dir + "/var/run/netns/unmounted is not mounted",
+		"/proc/4194305/ns/net": dir + "/proc/4194305/ns/net",
+	} {
+		code, text := p.add(fmt.Sprintf(`{"Netns":%q,"PodName":"meshed-1","PodNamespace":"demo","PodUID":"u-2","IPs":[{"Address":"10.1.0.5/24"}]}`, netns))
+		if code != 500 || !strings.Contains(text, "demo/meshed-1") || !strings.Contains(text, want) {
+			t.Errorf("%s: %d %q, want the pod and %q", netns, code, text, want)
+		}
+	}
+}
+
 // TestPodsAtStop has a pod of the mesh, and never a proxy.
 func TestPodsAtStop(t *testing.T) {
 	for name, uninstall := range map[string]bool{"replaced": false, "uninstalled": true} {
 		t.Run(name, func(t *testing.T) {
 			a := newAPI(t)
-			a.put("/api/v1/pods", &corev1.PodList{TypeMeta: metav1.TypeMeta{Kind: "PodList", APIVersion: "v1"}, ListMeta: metav1.ListMeta{ResourceVersion: "1"},
-				Items: []corev1.Pod{{ObjectMeta: metav1.ObjectMeta{Name: "meshed-1", Namespace: "demo", UID: "u-2", ResourceVersion: "1",
-					Labels: map[string]string{"istio.io/dataplane-mode": "ambient"}}, Spec: corev1.PodSpec{NodeName: "na"}}}})
+			a.meshed()
 			dir := host(t)
 			pod, other := netnstest.New(t, "pod"), netnstest.New(t, "node")
 			netnstest.Veth(t, pod, "eth0", other, "pod0")
