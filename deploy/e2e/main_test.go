@@ -103,12 +103,12 @@ func selected() ([]string, error) {
 var results table.Table
 
 // claim is the first line of each case: what it shows, for the table. The
-// context ends with the case, at the latest after five minutes.
+// context ends with the case, at the latest after ten minutes.
 func claim(t *testing.T, text string) context.Context {
 	t.Helper()
 	begin := time.Now()
 	fmt.Printf("    %s\n", text)
-	ctx, cancel := context.WithTimeoutCause(t.Context(), 5*time.Minute, fmt.Errorf("case %s takes too long", t.Name()))
+	ctx, cancel := context.WithTimeoutCause(t.Context(), 10*time.Minute, fmt.Errorf("case %s takes too long", t.Name()))
 	t.Cleanup(func() {
 		cancel()
 		result := table.OK
