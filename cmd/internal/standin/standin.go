@@ -13,7 +13,10 @@
 //	s.Stop(uid) // nobody reads the device from here on
 //
 // It knows nothing of a connection that began before Start, and what is under
-// way at Stop is forgotten: a probe that is cut is repeated. All methods may be
+// way at Stop is forgotten. A probe that is cut by either fails once, and the
+// kubelet acts only at the failureThreshold of the probe, 3 by default: taking up
+// connections in the middle is not worth what could be forwarded by mistake. From
+// one proxy to the next no probe is cut (netstack/handover.go). All methods may be
 // called from any goroutine.
 package standin
 
