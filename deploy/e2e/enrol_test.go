@@ -32,11 +32,15 @@ func TestEnrolByPod(t *testing.T) {
 }
 
 func TestOptOut(t *testing.T) {
-	ctx := claim(t, "the label none, hostNetwork and a sidecar keep a pod out of a labelled namespace")
+	ctx := claim(t, "the label none, istio.io/ambient-skip of a pod or of its Service, hostNetwork and a sidecar keep a pod out of a labelled namespace")
 	mesh(t)
 	p := newPlace(ctx, t, ambient)
+	p.apply(`{apiVersion: v1, kind: Service, metadata: {name: skipping, namespace: %s, labels: {istio.io/ambient-skip: "true"}},
+		spec: {selector: {app: behind}, ports: [{port: 80}]}}`, p.name)
 	p.run(
 		pod{name: "none", node: "node1", labels: []string{"istio.io/dataplane-mode: none"}},
+		pod{name: "skip", node: "node1", labels: []string{`istio.io/ambient-skip: "true"`}},
+		pod{name: "behind", node: "node1"},
 		pod{name: "in", node: "node1"},
 	)
 	p.start(pod{name: "host", node: "node1", spec: "hostNetwork: true"})
@@ -44,7 +48,7 @@ func TestOptOut(t *testing.T) {
 		spec: {nodeName: node1, containers: [{name: app, image: "e2e.test/app:1", imagePullPolicy: Never, args: [serve]}]}}`, p.name)
 	p.enrolled("in")
 	p.wait("the pods to run", func() error { return world.Ready(ctx, p.name, "host", "sidecar") })
-	p.untouched("none", "sidecar")
+	p.untouched("none", "skip", "behind", "sidecar")
 	if a := p.get("host").Annotations[redirection]; a != "" {
 		t.Errorf("host: annotation %s is %q", redirection, a)
 	}

@@ -163,21 +163,27 @@ func TestAgentMissing(t *testing.T) {
 }
 
 func TestIstiodDown(t *testing.T) {
-	ctx := claim(t, "without istiod, connections between known pods go on, new ones too")
+	ctx := claim(t, "without istiod, connections between known pods go on, new ones too; pods that start meanwhile come into the mesh when it is back")
 	mesh(t)
 	p := newPlace(ctx, t, ambient)
 	p.run(pod{name: "client", node: "node1"}, pod{name: "server", node: "node2"})
 	p.enrolled("client", "server")
 	p.until("a way to the server", works, "client", "get", "http://server/")
-	world.StopIstiod()
 	running := p.traffic("client", "server", 10*time.Second)
+	world.StopIstiod()
+	p.start(pod{name: "later", node: "node2"})
+	p.until("a new client", works, "client", "get", "http://server/")
 	running.whole(t)
 	if err := world.StartIstiod(ctx); err != nil {
 		t.Fatal(err)
 	}
-	p.run(pod{name: "later", node: "node2"})
+	if err := world.Ready(ctx, p.name, "later"); err != nil {
+		t.Fatal(err)
+	}
 	p.enrolled("later")
-	p.until("a pod that came after", works, "client", "get", "http://later/")
+	p.until("the later pod", works, "client", "get", "-timeout=2s", "http://later/")
+	p.until("its own way", works, "later", "get", "-timeout=2s", "http://server/")
+	p.logged(`direction="inbound"`, p.identity("later"), p.identity("server"))
 }
 
 func TestSyncz(t *testing.T) {

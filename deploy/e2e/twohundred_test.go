@@ -17,7 +17,7 @@ import (
 )
 
 func TestTwoHundredPods(t *testing.T) {
-	ctx := claim(t, "200 pods on one node, 20 of them starting at any time, come into the mesh; p50 and p99 of the time that each takes from its address on")
+	ctx := claim(t, "200 pods on one node, 10 of them starting at any time, come into the mesh; p50 and p99 of the time that each takes from its address on")
 	mesh(t)
 	p := newPlace(ctx, t, ambient)
 	p.run(pod{name: "server", node: "node1"})
@@ -29,7 +29,7 @@ func TestTwoHundredPods(t *testing.T) {
 	}
 	defer events.Stop()
 	begin := time.Now()
-	at := p.enrolMany(events, many, 20)
+	at := p.enrolMany(events, many, 10)
 	all := time.Since(begin)
 	took := p.sinceAddress(world.Nodes[1], at)
 	slices.Sort(took)
