@@ -189,13 +189,19 @@ func freePort(t *testing.T) string {
 
 func start(t *testing.T, dir string, a *api, env ...string) *program {
 	t.Helper()
+	return startBy(t, []string{"/proc/self/exe"}, dir, a, env...)
+}
+
+// startBy starts the agent by a command.
+func startBy(t *testing.T, command []string, dir string, a *api, env ...string) *program {
+	t.Helper()
 	p := &program{t: t, dir: dir, out: new(output), done: make(chan struct{}), health: freePort(t), monitoring: freePort(t)}
 	kubeconfig := filepath.Join(dir, "kubeconfig")
 	text := fmt.Sprintf("{apiVersion: v1, kind: Config, current-context: c, contexts: [{name: c, context: {cluster: c, user: u}}], users: [{name: u}], clusters: [{name: c, cluster: {server: %q}}]}", a.URL)
 	if err := os.WriteFile(kubeconfig, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p.cmd = exec.Command("/proc/self/exe")
+	p.cmd = exec.Command(command[0], command[1:]...)
 	p.cmd.Env = append([]string{
 		childEnv + "=1", "NODE_NAME=na", "KUBECONFIG=" + kubeconfig, "ZTUN_HOST_DIR=" + dir, "ZTUN_CNI_BINARY=" + filepath.Join(dir, "ztun-cni"),
 		"MOUNTED_CNI_NET_DIR=" + filepath.Join(dir, "etc/cni/net.d"), "CNI_AGENT_RUN_DIR=" + filepath.Join(dir, "run"), "ZTUN_STATE_DIR=" + filepath.Join(dir, "state"),
@@ -401,6 +407,60 @@ func TestNetnsThatVanished(t *testing.T) {
 		if code != 500 || !strings.Contains(text, "demo/meshed-1") || !strings.Contains(text, want) {
 			t.Errorf("%s: %d %q, want the pod and %q", netns, code, text, want)
 		}
+	}
+}
+
+// TestEachCapabilityIsNeeded takes one at a time away from those that the chart
+// gives. What the agent checks itself is in needs_test.go.
+func TestEachCapabilityIsNeeded(t *testing.T) {
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const all = "-all,+sys_admin,+net_admin,+net_raw,+sys_ptrace,+dac_override,+chown"
+	for _, tt := range []struct {
+		name, without string
+		// says is what the agent says at its start, or of readiness, or of a pod.
+		says string
+	}{
+		{"all", "", ""},
+		{"another's directories are written", ",-dac_override", "permission denied"},
+		{"the proxy's sockets are its own", ",-chown", "operation not permitted"},
+		{"ICMP errors are truthful", ",-net_raw", "lacks CAP_NET_RAW"},
+		{"namespaces are entered", ",-sys_admin", "CAP_SYS_ADMIN"},
+		{"devices are made", ",-net_admin", "CAP_NET_ADMIN"},
+		{"processes are looked at", ",-sys_ptrace", "CAP_SYS_PTRACE"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			a := newAPI(t)
+			a.meshed()
+			dir := host(t)
+			for _, d := range []string{"opt/cni/bin", "etc/cni/net.d"} {
+				if err := os.Chown(filepath.Join(dir, d), 4711, 4711); err != nil {
+					t.Fatal(err)
+				}
+			}
+			pod, other := netnstest.New(t, "pod"), netnstest.New(t, "node")
+			netnstest.Veth(t, pod, "eth0", other, "pod0")
+			pod.Addr("eth0", "10.1.0.5/24")
+			caps := all + tt.without
+			p := startBy(t, []string{"setpriv", "--inh-caps=" + caps, "--bounding-set=" + caps, exe}, dir, a, "ZTUN_PROXY_UID=4711", "ZTUN_PROXY_GID=4711")
+			said := func() bool {
+				_, text := p.get(p.health, "/readyz")
+				return tt.says != "" && strings.Contains(text+p.out.String(), tt.says)
+			}
+			for end := time.Now().Add(patience); !said() && !p.ready() && time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+			}
+			if !said() {
+				code, text := p.add(fmt.Sprintf(`{"Netns":"/proc/1/fd/%d","PodName":"meshed-1","PodNamespace":"demo","PodUID":"u-2","IPs":[{"Address":"10.1.0.5/24"}]}`, pod.File().Fd()))
+				if tt.says == "" && (code != 500 || !strings.Contains(text, "no proxy") || strings.Contains(p.out.String(), "CAP_")) {
+					t.Errorf("with all: %d %q: %s", code, text, p.out)
+				}
+			}
+			if tt.says != "" && !said() {
+				t.Errorf("the agent does not say %q: %s", tt.says, p.out)
+			}
+		})
 	}
 }
 
