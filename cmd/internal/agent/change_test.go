@@ -5,7 +5,9 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -52,6 +54,40 @@ func (p lender) Lend() (f zds.Files, yielded bool, err error) {
 		f.ICMP = append(f.ICMP, again(file))
 	}
 	return f, false, nil
+}
+
+// TestChangeBeforeTheProxyComes: an agent that starts again takes nothing from a
+// proxy that has yet to connect and to lend the device.
+func TestChangeBeforeTheProxyComes(t *testing.T) {
+	n, ns := newNode(t), podNS(t)
+	n.set(podIn(ns, "u"))
+	n.startLenders()
+	n.wait("u")
+	n.stop()
+	dir := n.dir
+	n.dir = t.TempDir() // Where the proxy does not find the agent.
+	if err := os.Rename(filepath.Join(dir, "state"), filepath.Join(n.dir, "state")); err != nil {
+		t.Fatal(err)
+	}
+	n.startAgent()
+	f, err := os.Open(ns.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	p := podIn(ns, "u")
+	p.Netns = fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	n.set(p)
+	eventually(t, "attached by another path", func() bool { return n.status("u").Phase == Attached })
+	if st := n.status("u"); !strings.Contains(st.Error, "no proxy") {
+		t.Errorf("another path is a change: %+v", st)
+	}
+	p.BypassInbound = true
+	n.set(p)
+	eventually(t, "the change waits", func() bool { return strings.Contains(n.status("u").Error, "has yet to come") })
+	if !n.agent.server.State("u").Set {
+		t.Error("the proxy will be told that the pod is gone")
+	}
 }
 
 // TestLentDeviceOfAnotherPod: a proxy that lends one pod's device as another's is
