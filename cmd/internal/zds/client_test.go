@@ -339,15 +339,19 @@ func TestClientUpdatesPod(t *testing.T) {
 		if tt.change != nil {
 			tt.change(&last)
 		}
-		open := openFiles(t)
-		p.request(request{kind: kindAdd, workload: last}, device(t))
+		dev := device(t)
+		p.request(request{kind: kindAdd, workload: last}, dev)
 		p.wantOK(tt.why)
 		told := ct.starter.changed(false)
 		if starts, _ := ct.starter.counts(); (starts > before) != tt.starts || (told > 0) != tt.updates {
 			t.Errorf("%s: %d starts, told of %d changes", tt.why, starts-before, told)
 		}
-		if got := openFiles(t); got != open+1 { // That of the test.
-			t.Errorf("%s: %d descriptors more", tt.why, got-open)
+		want := 1 // The test's.
+		if tt.starts {
+			want = 2
+		}
+		if got := descriptorsOf(t, []uint64{inode(t, dev)}); got != want {
+			t.Errorf("%s: %d descriptors of the device, want %d", tt.why, got, want)
 		}
 		if pods := ct.client.Pods(); len(pods) != 1 || !pods[0].Workload.Equal(last) {
 			t.Errorf("%s: it is described as %+v", tt.why, pods)

@@ -335,7 +335,6 @@ func TestServerUpdateAndNack(t *testing.T) {
 // sent; to a peer that knows only Istio's fields the message means one.
 func TestServerSendsICMPSockets(t *testing.T) {
 	st := newServerTest(t)
-	before := openFiles(t)
 	want := []uint64{}
 	open := func(n int) Files {
 		var list []*os.File
@@ -360,7 +359,6 @@ func TestServerSendsICMPSockets(t *testing.T) {
 	}
 	p := st.greet(nil)
 	p.want(kindSnapshotSent, "", "")
-	ours := openFiles(t) - before
 	expect := func(why string, n int) {
 		t.Helper()
 		msg, files, err := p.receive()
@@ -394,7 +392,7 @@ func TestServerSendsICMPSockets(t *testing.T) {
 	set(workload("u"), 3)
 	expect("without a description", 1)
 	st.wantServed("u", true)
-	eventually(t, "the server holds three descriptors", func() bool { return openFiles(t)-before-ours == 3 })
+	eventually(t, "the server holds three descriptors", func() bool { return descriptorsOf(t, want) == 3 })
 	if err := st.server.Set(fullWorkload("v"), open(4)); err == nil {
 		t.Error("three ICMP sockets were taken")
 	}
@@ -407,7 +405,7 @@ func TestServerSendsICMPSockets(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "after Delete the server holds none", func() bool { return openFiles(t)-before-ours == 0 })
+	eventually(t, "after Delete the server holds none", func() bool { return descriptorsOf(t, want) == 0 })
 }
 
 // TestServerRetriesWhatItCouldNotSend: out of descriptors for a moment.
