@@ -53,7 +53,7 @@ func (c *Controller) followPod(ctx context.Context, name types.NamespacedName, u
 	soon, cancel := context.WithTimeout(ctx, c.cfg.ServedTimeout)
 	err := c.cfg.Agent.Wait(soon, uid)
 	cancel()
-	if err != nil && ctx.Err() == nil {
+	if err != nil && ctx.Err() == nil && c.cfg.Agent.Phase(uid) != "" { // Else it is not wanted any more.
 		c.log.Warn("pod is not where it is wanted; it is annotated as soon as it is", "pod", name.String(), "error", err)
 	}
 	f.mu.Lock()
