@@ -19,12 +19,13 @@ import (
 type scene map[string]bool
 
 // scene reads that of a running pod.
-func (p *place) scene(o *corev1.Pod) scene {
+func (p *place) scene(o *corev1.Pod) (s scene) {
 	p.t.Helper()
-	s := scene{}
-	if err := inside("/proc/"+p.process(o)+"/ns/net", s.read); err != nil {
-		p.t.Fatalf("%s: what its network is like: %v", o.Name, err)
-	}
+	// What is taken away meanwhile may vanish between its name and its content.
+	p.wait("a look at the network of "+o.Name, func() error {
+		s = scene{}
+		return inside("/proc/"+p.process(o)+"/ns/net", s.read)
+	})
 	return s
 }
 
