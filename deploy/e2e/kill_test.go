@@ -33,8 +33,7 @@ func TestKilledAgents(t *testing.T) {
 	back()
 	p.run(pod{name: "later", node: "node1"})
 	p.enrolled("later")
-	p.until("the new pod in the mesh", works, "later", "get", "http://server/")
-	p.logged(`direction="inbound"`, p.identity("later"), p.identity("server"))
+	p.meshed("later", "server", "http://server/")
 }
 
 func TestKilledBoth(t *testing.T) {
@@ -46,7 +45,7 @@ func TestKilledBoth(t *testing.T) {
 	p.blackhole(agents, proxies)
 	p.run(pod{name: "later", node: "node1"})
 	p.enrolled("later")
-	p.until("the new pod in the mesh", works, "later", "get", "http://server/")
+	p.meshed("later", "server", "http://server/")
 }
 
 // blackhole kills daemons that traffic needs, and wants requests to fail rather

@@ -196,31 +196,45 @@ func (p *place) logged(words ...string) {
 	p.t.Helper()
 	p.wait(fmt.Sprintf("a log line with %q", words), func() error {
 		n, err := p.countLines(words...)
-		if err == nil && n == 0 {
-			err = errors.New("no such line yet")
+		if n == 0 {
+			return errors.Join(errors.New("no such line yet"), err)
 		}
-		return err
+		return nil
 	})
 }
 
-// countLines counts the lines with all the words that the proxies which run now have logged.
-func (p *place) countLines(words ...string) (n int, err error) {
-	proxies, err := world.PodsOf(p.ctx, system, "app=ztunnel")
-	if err != nil {
-		return 0, err
-	}
-	for _, proxy := range proxies {
-		text, err := world.Logs(p.ctx, system, proxy.Name, "istio-proxy")
-		if err != nil {
-			return 0, err
+// meshed asks a server from a pod until an answer has come by way of the mesh: a
+// line of a proxy's log has both identities and the words. Of pods that ran
+// before they came in, and of new services, other nodes hear a moment later, and
+// until then plain text is what there is.
+func (p *place) meshed(from, server, url string, words ...string) {
+	p.t.Helper()
+	words = append(words, `direction="inbound"`, p.identity(from), p.identity(server))
+	p.wait("an answer of "+server+" to "+from+" in the mesh", func() error {
+		if a := p.ask(from, "get", "-timeout=2s", url); a.Error != "" {
+			return errors.New(a.Error)
 		}
+		n, err := p.countLines(words...)
+		if n == 0 {
+			return errors.Join(fmt.Errorf("no log line with %q", words), err)
+		}
+		return nil
+	})
+}
+
+// countLines counts the lines with all the words that the proxies have logged which run now; the error names one that does not.
+func (p *place) countLines(words ...string) (n int, err error) {
+	pods, err := world.PodsOf(p.ctx, system, proxies.selector)
+	for _, proxy := range pods {
+		text, failed := world.Logs(p.ctx, system, proxy.Name, proxies.container)
+		err = errors.Join(err, failed)
 		for line := range strings.Lines(text) {
 			if containsAll(line, words) {
 				n++
 			}
 		}
 	}
-	return n, nil
+	return n, err
 }
 
 func containsAll(line string, words []string) bool {

@@ -89,9 +89,7 @@ type traffic struct {
 
 func (p *place) traffic(client, server string, lasts time.Duration) traffic {
 	p.t.Helper()
-	for _, command := range [][]string{{"get", "http://" + server + "/"}, {"tcp", server + ":9001"}} {
-		p.until("a way to "+server, works, client, command...)
-	}
+	p.meshed(client, server, "http://"+server+"/")
 	d := "-for=" + lasts.String()
 	return traffic{
 		fresh: p.begin(client, "load", d, "-rate=20", "http://"+server+"/"),
@@ -182,8 +180,7 @@ func TestIstiodDown(t *testing.T) {
 	}
 	p.enrolled("later")
 	p.until("the later pod", works, "client", "get", "-timeout=2s", "http://later/")
-	p.until("its own way", works, "later", "get", "-timeout=2s", "http://server/")
-	p.logged(`direction="inbound"`, p.identity("later"), p.identity("server"))
+	p.meshed("later", "server", "http://server/")
 }
 
 func TestSyncz(t *testing.T) {

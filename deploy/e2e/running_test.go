@@ -16,8 +16,7 @@ func TestEnrolRunning(t *testing.T) {
 	older := p.begin("client", "echo", "-for=12s", "server:9000")
 	p.apply("{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {%s}}}", p.name, ambient)
 	p.enrolled("client", "server")
-	p.until("a way in the mesh", works, "client", "get", "http://server/")
-	p.logged(`direction="inbound"`, p.identity("client"), p.identity("server"))
+	p.meshed("client", "server", "http://server/")
 
 	// From a port of its own, so that the wire tells it from the older one.
 	const port = 30123

@@ -52,8 +52,9 @@ func TestWorkloads(t *testing.T) {
 	ctx := claim(t, "an init container is in the mesh, a Job ends and is let go, a StatefulSet's pods have their names, also when they come again")
 	mesh(t)
 	p := newPlace(ctx, t, ambient)
-	p.run(pod{name: "server", node: "node2"})
-	p.enrolled("server")
+	p.run(pod{name: "client", node: "node1"}, pod{name: "server", node: "node2"})
+	p.enrolled("client", "server")
+	p.meshed("client", "server", "http://server/")
 	p.apply(workloadsYAML, p.name, cluster.AppImage)
 	p.wait("the Job to end", func() error {
 		j, err := world.BatchV1().Jobs(p.name).Get(ctx, "once", metav1.GetOptions{})

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -49,20 +48,11 @@ func talk(t *testing.T, node string, f family, text string) {
 	p.enrolled("client", "server")
 	p.apply(familyService, p.name, f)
 	from, to := p.get("client").Status.PodIPs[f].IP, p.get("server").Status.PodIPs[f].IP
-	marks := []string{`direction="inbound"`, p.identity("client"), p.identity("server")}
+	var joined []string
 	if node == "node1" {
-		marks = append(marks, `path="same-node"`)
+		joined = []string{`path="same-node"`}
 	}
-	p.wait("a way in the mesh", func() error {
-		if a := p.ask("client", "get", "-timeout=2s", "http://only/"); a.Error != "" {
-			return errors.New(a.Error)
-		}
-		n, err := p.countLines(marks...)
-		if err == nil && n == 0 {
-			err = fmt.Errorf("no log line with %q", marks)
-		}
-		return err
-	})
+	p.meshed("client", "server", "http://only/", joined...)
 	var wires []*cluster.Wire
 	for _, n := range world.Nodes {
 		w, err := n.Wire()
@@ -93,7 +83,7 @@ func talk(t *testing.T, node string, f family, text string) {
 	if across := node != "node1"; across && hbone == 0 {
 		t.Error("the wires saw no HBONE")
 	}
-	p.logged(append([]string{net.JoinHostPort(to, "9002"), `direction="outbound"`}, marks[1:]...)...)
+	p.logged(append(joined, net.JoinHostPort(to, "9002"), `direction="outbound"`, p.identity("client"), p.identity("server"))...)
 }
 
 const familyService = `{apiVersion: v1, kind: Service, metadata: {name: only, namespace: %[1]s}, spec: {

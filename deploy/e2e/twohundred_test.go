@@ -38,8 +38,7 @@ func TestTwoHundredPods(t *testing.T) {
 		many, all.Seconds(), percentile(50), percentile(99), percentile(100))
 	p.run(pod{name: "later", node: "node2"})
 	p.enrolled("later")
-	p.until("a way of one more", works, "later", "get", "http://server/")
-	p.logged(`direction="inbound"`, p.identity("later"), p.identity("server"))
+	p.meshed("later", "server", "http://server/")
 	p.clear()
 }
 

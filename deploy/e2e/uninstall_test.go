@@ -27,8 +27,7 @@ func TestZUninstall(t *testing.T) {
 	}
 	p.apply("{apiVersion: v1, kind: Namespace, metadata: {name: %s, labels: {%s}}}", p.name, ambient)
 	p.enrolled("client", "server")
-	p.until("a way in the mesh", works, "client", "get", "http://server/")
-	p.logged(`direction="inbound"`, p.identity("client"), p.identity("server"))
+	p.meshed("client", "server", "http://server/")
 	text, err := chartText()
 	if err != nil {
 		t.Fatal(err)
