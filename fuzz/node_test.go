@@ -62,13 +62,13 @@ func principal(name string) *securityapi.StringMatch {
 }
 
 // nodePolicies are those of the app: the friend may reach any port but 9999, the
-// peer the app's port alone, and nobody may in plain text.
+// peer the app's port and the proxy's, and nobody may in plain text.
 var nodePolicies = []*securityapi.Authorization{
 	{Name: "allow", Namespace: "default", Scope: securityapi.Scope_NAMESPACE, Rules: []*securityapi.Rule{
 		{Clauses: []*securityapi.Clause{{Matches: []*securityapi.Match{{Principals: []*securityapi.StringMatch{principal("friend")}}}}}},
 		{Clauses: []*securityapi.Clause{
 			{Matches: []*securityapi.Match{{Principals: []*securityapi.StringMatch{principal("peer")}}}},
-			{Matches: []*securityapi.Match{{DestinationPorts: []uint32{appPort, 9999}}}},
+			{Matches: []*securityapi.Match{{DestinationPorts: []uint32{appPort, 9999, 15001, 15006, 15008}}}},
 		}},
 	}},
 	{Name: "deny", Namespace: "default", Scope: securityapi.Scope_NAMESPACE, Action: securityapi.Action_DENY, Rules: []*securityapi.Rule{

@@ -70,6 +70,11 @@ func (c *Conn) pump() {
 			c.err = err
 		}
 	}
+	c.signalLocked()
+}
+
+// signalLocked wakes who reads and who writes.
+func (c *Conn) signalLocked() {
 	c.cond.Broadcast()
 	select {
 	case c.wake <- struct{}{}:
@@ -127,7 +132,7 @@ func (c *Conn) Close() error {
 		if c.err == nil {
 			c.err = net.ErrClosed
 		}
-		c.cond.Broadcast()
+		c.signalLocked()
 	})
 	return nil
 }
