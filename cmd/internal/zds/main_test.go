@@ -113,9 +113,13 @@ func (p peer) send(msg []byte, files ...*os.File) {
 	}
 }
 
+// receive reads one message. Its files are closed with the test at the latest:
+// forgotten ones would go during another, which counts.
 func (p peer) receive() ([]byte, []*os.File, error) {
 	_ = p.conn.SetReadDeadline(time.Now().Add(patience))
-	return receive(p.conn, make([]byte, maxPacket))
+	msg, files, err := receive(p.conn, make([]byte, maxPacket))
+	p.t.Cleanup(func() { closeAll(files) })
+	return msg, files, err
 }
 
 func (p peer) request(r request, files ...*os.File) {
