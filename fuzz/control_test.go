@@ -161,6 +161,7 @@ func (h *hostile) apply(kind int, r *discoveryv3.DeltaDiscoveryResponse, reply *
 	good := make(map[string]bool)
 	unusable := make(map[string]bool)
 	total, fresh := h.total(kind), make(map[string]bool)
+	var admitted []*discoveryv3.Resource
 	for _, res := range r.GetResources() {
 		name, size := res.GetName(), len(res.GetResource().GetValue())
 		_, held := h.held[kind][name]
@@ -173,6 +174,7 @@ func (h *hostile) apply(kind int, r *discoveryv3.DeltaDiscoveryResponse, reply *
 			continue
 		}
 		total = grown
+		admitted = append(admitted, res)
 		if isNew {
 			fresh[name] = true
 		}
@@ -182,15 +184,21 @@ func (h *hostile) apply(kind int, r *discoveryv3.DeltaDiscoveryResponse, reply *
 			rejected[name], unusable[name] = true, true
 		}
 	}
-	h.settle(kind, r, good, unusable)
+	h.settle(kind, admitted, good, unusable)
+	for _, name := range r.GetRemovedResources() {
+		h.model.remove(kind, name)
+		delete(h.held[kind], name)
+		delete(h.size[kind], name)
+		delete(h.noted[kind], name)
+	}
 	h.warm[kind] = h.warm[kind] || len(rejected) == 0
 	h.checkNames(reply, rejected)
 }
 
 // settle notes what the client must hold now. Of a resource that came usable
 // and unusable in one answer it may hold either version, so it is sent again.
-func (h *hostile) settle(kind int, r *discoveryv3.DeltaDiscoveryResponse, good, unusable map[string]bool) {
-	for _, res := range r.GetResources() {
+func (h *hostile) settle(kind int, admitted []*discoveryv3.Resource, good, unusable map[string]bool) {
+	for _, res := range admitted {
 		name := res.GetName()
 		switch _, held := h.held[kind][name]; {
 		case unusable[name] && !held:
@@ -199,12 +207,6 @@ func (h *hostile) settle(kind int, r *discoveryv3.DeltaDiscoveryResponse, good, 
 			h.held[kind][name], h.size[kind][name] = res.GetVersion(), len(res.GetResource().GetValue())
 			delete(h.noted[kind], name)
 		}
-	}
-	for _, name := range r.GetRemovedResources() {
-		h.model.remove(kind, name)
-		delete(h.held[kind], name)
-		delete(h.size[kind], name)
-		delete(h.noted[kind], name)
 	}
 }
 

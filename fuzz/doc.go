@@ -10,11 +10,14 @@
 //	FuzzPackets       packets into a pod's device          a list of what may leave; a connection afterwards
 //	FuzzPeer          frames of a peer with a certificate  a naive policy; a neighbour's stream
 //
+// What runs beside a target moves the coverage of equal inputs, so that Go would
+// spend a minute on making each interesting one smaller: bound it.
+//
 // An input is a script: bytes that are drawn as choices, so that any change of
 // it is another script of the same kind, and its end is zeros (script_test.go).
 // Where the parts keep time they run under testing/synctest; gVisor cannot, so
 // the last two wait for what happens, never for time.
 //
-//	make fuzz                                                # everything, briefly
-//	go test ./fuzz -run '^$' -fuzz FuzzWorld -fuzztime 3m    # one
+//	make fuzz
+//	go test ./fuzz -run '^$' -fuzz FuzzWorld -fuzztime 3m -fuzzminimizetime 10x
 package fuzz

@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"runtime"
 	"runtime/metrics"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -257,6 +258,13 @@ func (n *node) reach(src, dst netip.AddrPort) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.reached = append(n.reached, connection{src: src, dst: dst})
+}
+
+// seen is who has reached the app so far.
+func (n *node) seen() []connection {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.reached)
 }
 
 // do runs f on the loop of everything but the proxy, and waits for it.

@@ -46,7 +46,7 @@ func FuzzPackets(f *testing.F) {
 		if err := n.tap.err(); err != nil {
 			t.Error(err)
 		}
-		for _, c := range n.reached {
+		for _, c := range n.seen() {
 			if c.src.Addr() != friendAddr || c.dst.Port() != appPort {
 				t.Errorf("%v reached the app at %v", c.src, c.dst)
 			}

@@ -50,9 +50,7 @@ func FuzzPeer(f *testing.F) {
 
 // checkReached holds what reached the app against the policies.
 func (n *node) checkReached() {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	for _, c := range n.reached {
+	for _, c := range n.seen() {
 		switch c.src.Addr() {
 		case peerAddr, peerAddr6:
 			c.peer = accountID("peer").String()
