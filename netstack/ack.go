@@ -274,11 +274,13 @@ func (l *link) waits(pkt *stack.PacketBuffer) bool {
 		}
 	}
 	h := header.TCP(pkt.TransportHeader().Slice())
-	// gVisor's own goroutines send for other flows meanwhile.
+	// gVisor's own goroutines send meanwhile, for other flows and for this one.
 	if len(h) < tcpHeaderMin || !f.sends(pkt.NetworkHeader().Slice(), h) {
 		return false
 	}
-	if locked && f.holds(pkt, h) || f.reading && f.holdsUpdate(pkt, h) {
+	// While the reader has the endpoint's lock nobody else sends for f. In Read it
+	// has it only to tell of a window.
+	if locked && f.holds(pkt, h) || f.reading.Load() && f.stack.reader.isCaller() && f.holdsUpdate(pkt, h) {
 		return true
 	}
 	f.acked.Store(h.AckNumber())

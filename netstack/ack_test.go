@@ -302,3 +302,39 @@ func TestAnswerInPiecesWaitsLongOnce(t *testing.T) {
 		t.Error("ACKs of an answer in pieces wait for a turn again")
 	}
 }
+
+// What a goroutine of gVisor's sends while the reader reads the same flow leaves
+// at once, and nothing of the reader's is touched.
+func TestOthersSendWhileTheReaderReads(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	f := r.call.end.(*Flow)
+	ack := func() {
+		f.ep.LockUser()
+		defer f.ep.UnlockUser()
+		sendAck(senderOf(f.ep))
+	}
+	// reading runs work as if Read did, on the loop.
+	reading := func(work func()) int {
+		return do(r.stack.Loop(), func() int {
+			f.reading.Store(true)
+			f.stack.link.writing.Store(f)
+			work()
+			f.reading.Store(false)
+			f.stack.link.writing.Store(nil)
+			return len(r.stack.reader.acks.soon)
+		})
+	}
+	other := func() {
+		done := make(chan struct{})
+		go func() { defer close(done); ack() }()
+		<-done
+	}
+	if held := reading(other); held != 0 {
+		t.Fatalf("%d ACKs of another goroutine wait in the reader's list", held)
+	}
+	r.wantACK("of another goroutine")
+	if held := reading(ack); held != 1 {
+		t.Fatalf("%d ACKs of the reader wait, want 1", held)
+	}
+	r.wantACK("of the reader, later")
+}

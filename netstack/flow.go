@@ -32,6 +32,9 @@ type Flow struct {
 
 	queued atomic.Bool   // in the reader's wakers
 	acked  atomic.Uint32 // the last that a packet of ours acknowledged
+	// reading: the loop is in gVisor's Read. Goroutines of gVisor's that send for
+	// the flow meanwhile look at it.
+	reading atomic.Bool
 
 	// Owned by the loop.
 	locked            bool // this batch holds the endpoint's lock
@@ -41,7 +44,6 @@ type Flow struct {
 	over              bool // Close or Reset was called
 	released          bool // no longer counts
 	ack               ackState
-	reading           bool  // the loop is in gVisor's Read
 	burst             int64 // bytes read since there was nothing to read
 	moved             int64 // bytes read or written since the buffers last grew
 }
@@ -142,9 +144,9 @@ func (f *Flow) Read(p []byte) (int, error) {
 	sink := &f.stack.reader.sink
 	*sink = p
 	f.stack.link.writing.Store(f) // It may tell that the window is open again.
-	f.reading = true
+	f.reading.Store(true)
 	res, err := f.ep.Read(sink, tcpip.ReadOptions{})
-	f.reading = false
+	f.reading.Store(false)
 	f.stack.link.writing.Store(nil)
 	f.carried()
 	*sink = nil

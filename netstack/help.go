@@ -92,6 +92,8 @@ func (r *reader) share(o *reader, busy bool) (woken bool) {
 // help runs a pass of o's loop, whose turns it holds, on r's thread.
 func (r *reader) help(o *reader) {
 	slept := o.sleeping.Swap(false)
+	own := o.thread.Swap(r.thread.Load())
+	defer o.thread.Store(own)
 	o.now = r.now
 	o.pass()
 	for i, x := range o.handed {

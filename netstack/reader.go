@@ -36,6 +36,7 @@ type reader struct {
 
 	pods     atomic.Int64 // stacks, for leastLoaded
 	sleeping atomic.Bool  // about to wait, or waiting
+	thread   atomic.Int32 // the TID of whoever runs the loop
 
 	// turns is held by the thread that runs the loop, and guards what is owned
 	// by it.
@@ -109,9 +110,13 @@ func (r *reader) watch(fd int) error {
 	return nil
 }
 
+// isCaller reports whether the thread that runs the loop asks. It is a system call.
+func (r *reader) isCaller() bool { return int(r.thread.Load()) == unix.Gettid() }
+
 // run is the reader's thread.
 func (r *reader) run() {
 	runtime.LockOSThread()
+	r.thread.Store(int32(unix.Gettid()))
 	r.turns.Lock()
 	defer r.turns.Unlock()
 	defer r.end()
