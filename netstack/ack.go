@@ -163,8 +163,10 @@ func (f *Flow) hears() {
 }
 
 // speaks takes note that f sends data: soon after the other side did, they
-// take turns, and its ACKs are worth to be carried.
+// take turns, and its ACKs are worth to be carried. What comes next is an answer,
+// not the piece that an ACK released.
 func (f *Flow) speaks() {
+	f.ack.vain = time.Time{}
 	turns := f.stack.reader.now.Sub(f.ack.heard) < turnDelay && !f.ack.pieces
 	if turns != f.ack.turns {
 		f.ack.turns = turns

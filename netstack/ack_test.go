@@ -303,6 +303,21 @@ func TestAnswerInPiecesWaitsLongOnce(t *testing.T) {
 	}
 }
 
+// A request that comes just after the ACK of the last answer had waited in vain
+// brings an answer, and no piece of one: those two go on taking turns.
+func TestSlowTurnsAreNoPieces(t *testing.T) {
+	r := newACKRig(t, podPort, service)
+	f := r.takeTurns()
+	r.send(10)
+	do(r.stack.Loop(), func() int { r.stack.reader.acks.sendDue(time.Now().Add(turnDelay)); return 0 })
+	r.wantACK("after turnDelay")
+	r.ask()
+	r.send(10)
+	if pieces := do(r.stack.Loop(), func() bool { return f.ack.pieces }); pieces {
+		t.Error("an answer to a request is taken for a piece of the last one")
+	}
+}
+
 // What a goroutine of gVisor's sends while the reader reads the same flow leaves
 // at once, and nothing of the reader's is touched.
 func TestOthersSendWhileTheReaderReads(t *testing.T) {
